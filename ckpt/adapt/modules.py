@@ -1,0 +1,66 @@
+"""Names of a module's tensors that do not depend on how it is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_WRAPPERS = {
+    # class name -> attribute under which the wrapped module hangs
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "AveragedModel": "module",
+}
+
+
+def wrapped_by(module: nn.Module) -> str | None:
+    """The attribute that holds what `module` wraps, or None if it is no wrapper."""
+    return next((_WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    return any(c.__name__ == "FullyShardedDataParallel" for m in module.modules() for c in type(m).__mro__)
+
+
+class Names:
+    """Canonical names of a module's state: wrappers leave no trace in them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._wrapped = {
+            f"{path}.{attribute}" if path else attribute
+            for path, inner in module.named_modules()
+            if (attribute := wrapped_by(inner))
+        }
+
+    def canonical(self, key: str) -> str:
+        """`module.layer.weight` of a DDP model as `layer.weight`, at any depth of wrapping."""
+        kept: list[str] = []
+        path = ""
+        for component in key.split("."):
+            path = f"{path}.{component}" if path else component
+            if path not in self._wrapped:
+                kept.append(component)
+        return ".".join(kept)
+
+
+def module_state(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(canonical name, name in the module, object) for each persistent parameter, buffer and extra state."""
+    names = Names(module)
+    for key, value in module.state_dict(keep_vars=True).items():
+        yield names.canonical(key), key, value
+
+
+def set_extra_state(module: nn.Module, key: str, value: Any) -> None:
+    owner = module.get_submodule(key.rpartition(".")[0]) if "." in key else module
+    owner.set_extra_state(value)
+
+
+def is_parameter(value: torch.Tensor) -> bool:
+    return isinstance(value, nn.Parameter)

@@ -1,0 +1,333 @@
+"""The user's state as named tensors and values, for a save and for a restore.
+
+A state is a nested dict or list. Its members become keys: path components, escaped and joined by slashes.
+Each kind of member is a small class here with two sides: `collect` (for a save) and `bind` (for a restore).
+This package is the only place that knows torch's state dicts, optimizers and DTensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ckpt import codec
+from ckpt.adapt.modules import is_parameter, module_state, set_extra_state
+from ckpt.adapt.tensors import Local, empty_like, local_of
+from ckpt.adapt.values import dtype_from_name, extend_decode, extend_encode
+from ckpt.adapt.wrappers import OnResize, Shard
+from ckpt.errors import Incompatible
+from ckpt.layout import Entry, Layout, Role
+from ckpt.sharding import Declared, Sharding, TensorSpec, Whole
+from ckpt.slices import Slice
+
+log = logging.getLogger("ckpt")
+
+Path = tuple[str, ...]
+_SAFE = "".join(chr(c) for c in range(33, 127) if chr(c) not in "/%@#")
+INLINE_ELEMENTS = 1024  # a tensor inside a value up to this size is stored with the value
+RANK_VALUE_LIMIT_BYTES = 64 << 20
+
+
+def component(name: str) -> str:
+    """A path component as it stands in a key: `/`, `%`, `@`, `#`, blanks and non-ASCII escaped as in URLs."""
+    return quote(name, safe=_SAFE)
+
+
+def key_of(path: Path) -> str:
+    return "/".join(path)
+
+
+@dataclass
+class Collected:
+    """Everything that one rank holds for a save."""
+
+    locals: dict[str, Local] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    values: dict[str, bytes] = field(default_factory=dict)
+    rank_values: dict[str, bytes] = field(default_factory=dict)
+    _seen: dict[object, str] = field(default_factory=dict)
+
+    def add(self, path: Path, tensor: torch.Tensor | Shard, role: Role) -> None:
+        key = key_of(path)
+        local = local_of(key, tensor, role)
+        if local.identity in self._seen:
+            self.aliases[key] = self._seen[local.identity]
+            return
+        self._seen[local.identity] = key
+        self.locals[key] = local
+
+    def add_value(self, path: Path, value: object) -> None:
+        """Store `value`; tensors in it that are large or distributed become tensors under `path`."""
+        self.values[key_of(path)] = _encode(path, value, self._refer(path, value))
+
+    def add_rank_value(self, path: Path, value: object) -> None:
+        data = _encode(path, value, extend_encode)
+        if len(data) > RANK_VALUE_LIMIT_BYTES:
+            raise Incompatible(
+                f"{key_of(path)}: {len(data)} bytes are too many for a value of one rank. "
+                "Hold large tensors as members of the state under a key of this rank's own."
+            )
+        self.rank_values[key_of(path)] = data
+
+    def _refer(self, path: Path, value: object) -> Callable[[object], tuple[str, object] | None]:
+        names = dict(_tensor_names(value))
+
+        def extend(item: object) -> tuple[str, object] | None:
+            if isinstance(item, torch.Tensor) and (isinstance(item, DTensor) or item.numel() > INLINE_ELEMENTS):
+                name = names[id(item)]
+                self.add((*path, *name), item, "tensor")
+                return "tensor_ref", key_of(name)
+            return extend_encode(item)
+
+        return extend
+
+    def layout(self) -> Layout:
+        # The name that sorts first keeps a tied tensor, whatever order the ranks met the names in.
+        entries = (Entry(key, local.spec, local.sharding, local.role) for key, local in self.locals.items())
+        return Layout(
+            tuple(sorted(entries, key=lambda entry: entry.key)),
+            tuple(sorted(self.aliases.items())),
+            tuple(sorted(self.values)),
+            tuple(sorted(self.rank_values)),
+        )
+
+
+def _encode(path: Path, value: object, extend: Callable[[object], tuple[str, object] | None]) -> bytes:
+    try:
+        return codec.encode(value, extend)
+    except Incompatible as error:
+        raise Incompatible(f"{key_of(path)}: {error}") from error
+
+
+def _tensor_names(value: object, at: Path = ()) -> Iterator[tuple[int, Path]]:
+    """Readable names of the tensors inside a value: by key or index, `#n` where neither serves."""
+    if isinstance(value, torch.Tensor):
+        yield id(value), at or ("#0",)
+    elif isinstance(value, dict):
+        for n, (key, item) in enumerate(value.items()):
+            yield from _tensor_names(item, (*at, component(key) if isinstance(key, str) else f"#{n}"))
+    elif isinstance(value, list | tuple):
+        for n, item in enumerate(value):
+            yield from _tensor_names(item, (*at, str(n)))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A value to be restored. `ranks` marks one that each rank has for itself."""
+
+    key: str
+    apply: Callable[[object], None]
+    refs: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    on_resize: OnResize | None = None
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds, by name. Ties are resolved by `stored`."""
+
+    specs: dict[str, TensorSpec]
+    aliases: dict[str, str]
+    values: frozenset[str]
+    rank_values: frozenset[str]
+
+    def stored(self, key: str) -> str:
+        return self.aliases.get(key, key)
+
+    def under(self, prefix: str) -> list[str]:
+        """Keys of tensors (ties included) below `prefix/`."""
+        start = prefix + "/"
+        return [key for key in (*self.specs, *self.aliases) if key.startswith(start)]
+
+
+@dataclass
+class Bound:
+    """Everything that one rank restores: memory to fill, values to set, and what to do when all is read."""
+
+    locals: list[Local] = field(default_factory=list)
+    wanted: list[Wanted] = field(default_factory=list)
+    finish: list[Callable[[], None]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def tensor(self, path: Path, tensor: torch.Tensor | Shard) -> None:
+        self.locals.append(local_of(key_of(path), tensor, "tensor"))
+
+    def allocate(
+        self, saved: Saved, key: str, like: torch.Tensor | Shard | None, device: torch.device
+    ) -> Callable[[], torch.Tensor]:
+        """Fill fresh memory with tensor `key`; `like` gives its layout if it has the same global shape.
+
+        Nothing is allocated before the whole restore has been validated. Returns how to get the tensor.
+        """
+        spec = saved.specs[saved.stored(key)]
+        dtype, made = dtype_from_name(spec.dtype), list[torch.Tensor]()
+        sharding, fresh = _fresh(spec, dtype, like, device)
+
+        def whole_tensor() -> torch.Tensor:
+            if not made:
+                made.append(fresh())
+            return made[0]
+
+        def local() -> torch.Tensor:
+            tensor = whole_tensor()
+            return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+        self.locals.append(Local(key, spec, sharding, "tensor", local, object()))
+        return whole_tensor
+
+
+def _fresh(
+    spec: TensorSpec, dtype: torch.dtype, like: torch.Tensor | Shard | None, device: torch.device
+) -> tuple[Sharding, Callable[[], torch.Tensor]]:
+    if isinstance(like, DTensor) and tuple(like.shape) == spec.shape:
+        distributed = like
+        return local_of("", like, "tensor").sharding, lambda: empty_like(distributed, dtype)
+    if isinstance(like, Shard) and like.global_shape == spec.shape:
+        declared = like
+        box = Slice(like.offset, tuple(like.tensor.shape))
+        return Declared(box), lambda: empty_like(declared.tensor, dtype, device)
+    return Whole(), lambda: torch.zeros(spec.shape, dtype=dtype, device=device)
+
+
+class Member(Protocol):
+    """One member of the state."""
+
+    path: Path
+
+    def collect(self, out: Collected) -> None: ...
+
+    def bind(self, saved: Saved, out: Bound) -> None: ...
+
+
+@dataclass
+class TensorMember:
+    path: Path
+    tensor: torch.Tensor | Shard
+
+    def collect(self, out: Collected) -> None:
+        parameter = isinstance(self.tensor, Shard) or is_parameter(self.tensor)
+        out.add(self.path, self.tensor, "parameter" if parameter else "tensor")
+
+    def bind(self, saved: Saved, out: Bound) -> None:
+        out.tensor(self.path, self.tensor)
+
+
+@dataclass
+class ModuleMember:
+    path: Path
+    module: nn.Module
+
+    def collect(self, out: Collected) -> None:
+        for name, _, value in sorted(module_state(self.module), key=lambda item: item[0]):
+            path = (*self.path, component(name))
+            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+                out.add(path, value, "parameter" if is_parameter(value) else "buffer")
+            else:
+                out.add_value(path, value)
+
+    def bind(self, saved: Saved, out: Bound) -> None:
+        for name, key, value in sorted(module_state(self.module), key=lambda item: item[0]):
+            path = (*self.path, component(name))
+            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+                out.tensor(path, value)
+            else:
+                _want(saved, out, path, lambda v, key=key: set_extra_state(self.module, key, v))  # type: ignore[misc]
+
+
+@dataclass
+class ValueMember:
+    """A plain value in a dict or list of the state; restoring replaces it there."""
+
+    path: Path
+    value: object
+    put: Callable[[object], None]
+
+    def collect(self, out: Collected) -> None:
+        out.add_value(self.path, self.value)
+
+    def bind(self, saved: Saved, out: Bound) -> None:
+        _want(saved, out, self.path, self.put)
+
+
+@dataclass
+class StatefulMember:
+    """Anything with `state_dict` and `load_state_dict`: schedulers, scalers, samplers, EMA helpers."""
+
+    path: Path
+    obj: Any
+
+    def collect(self, out: Collected) -> None:
+        out.add_value(self.path, self.obj.state_dict())
+
+    def bind(self, saved: Saved, out: Bound) -> None:
+        current = self.obj.state_dict() if saved.under(key_of(self.path)) else {}
+        _want(saved, out, self.path, self.obj.load_state_dict, current)
+
+
+@dataclass
+class RankMember:
+    """A PerRank value, the random generators, or a data loader."""
+
+    path: Path
+    get: Callable[[], object]
+    put: Callable[[Any], None]
+    on_resize: OnResize
+    last: bool = False
+
+    def collect(self, out: Collected) -> None:
+        out.add_rank_value(self.path, self.get())
+
+    def bind(self, saved: Saved, out: Bound) -> None:
+        key = key_of(self.path)
+        if key not in saved.rank_values:
+            out.missing.append(key)
+            return
+        out.wanted.append(Wanted(key, self.put, on_resize=self.on_resize, last=self.last))
+
+
+def _want(saved: Saved, out: Bound, path: Path, apply: Callable[[Any], None], current: object = None) -> None:
+    """Restore the value at `path` and the tensors that were stored apart from it."""
+    key = key_of(path)
+    if key not in saved.values:
+        out.missing.append(key)
+        return
+    live = dict(_tensors_by_name(current))
+    refs = {}
+    for ref in saved.under(key):
+        like = live.get(ref[len(key) + 1 :])
+        device = like.device if like is not None else torch.device("cpu")
+        refs[ref[len(key) + 1 :]] = out.allocate(saved, ref, like, device)
+    out.wanted.append(Wanted(key, apply, refs))
+
+
+def _tensors_by_name(value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    names = dict(_tensor_names(value))
+    todo: list[object] = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            yield key_of(names[id(item)]), item
+        elif isinstance(item, dict):
+            todo.extend(item.values())
+        elif isinstance(item, list | tuple):
+            todo.extend(item)
+
+
+def decode_value(data: bytes, refs: dict[str, Callable[[], torch.Tensor]]) -> object:
+    """A stored value, with the tensors that were stored apart from it back in their places."""
+
+    def extend(tag: str, payload: object) -> object:
+        if tag == "tensor_ref":
+            if not isinstance(payload, str) or payload not in refs:
+                raise Incompatible(f"a value refers to tensor {payload!r}, which was not stored with it")
+            return refs[payload]()
+        return extend_decode(tag, payload)
+
+    return codec.decode(data, extend)

@@ -1,0 +1,127 @@
+"""What the ranks must agree on, and how they tell each other that one of them failed.
+
+One 16-byte all-reduce (the largest value of each byte) carries a Signal. A field and its complement travel
+together, so that ranks which differ see it: the two maxima then no longer add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import xxhash
+
+from ckpt import errors
+from ckpt.errors import CkptError, SaveFailed
+from ckpt.ranks import Ranks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one rank says, or what all together said: a flag is set if any rank set it."""
+
+    step: int
+    failed: bool = False
+    layout_changed: bool = False
+    due: bool = False
+    stop: bool = False
+
+    def encode(self) -> bytes:
+        low = (self.step & 0xFFFFFFFF).to_bytes(4, "big")
+        flags = bytes([self.failed, self.layout_changed, self.due, self.stop])
+        return flags + low + bytes(255 - b for b in low) + bytes(4)
+
+    @classmethod
+    def decode(cls, data: bytes, step: int) -> Signal:
+        """The merged signal; `CkptError` if the ranks were not at one step."""
+        if any(a + b != 255 for a, b in zip(data[4:8], data[8:12], strict=True)):
+            raise errors.Incompatible(
+                f"the ranks are not at the same step: this one is at {step}, another at step "
+                f"{int.from_bytes(data[4:8], 'big')} or so. Call save, restore and steps on every rank alike."
+            )
+        return cls(step, *(bool(flag) for flag in data[:4]))
+
+
+def disagreements(ranks: Ranks, digests: Sequence[bytes | None]) -> list[int]:
+    """Indices at which ranks brought different digests (8 bytes each; None: this rank has none to compare)."""
+    if not digests:
+        return []
+    mine = b"".join(d + bytes(255 - b for b in d) if d is not None else bytes(16) for d in digests)
+    merged = ranks.maximum(mine)
+    return [
+        i
+        for i in range(len(digests))
+        if any(a + b != 255 for a, b in zip(merged[16 * i : 16 * i + 8], merged[16 * i + 8 : 16 * i + 16], strict=True))
+        and any(merged[16 * i : 16 * i + 16])
+    ]
+
+
+def digest8(data: bytes | memoryview) -> bytes:
+    return xxhash.xxh3_64_digest(data)
+
+
+class _Failure(msgspec.Struct):
+    kind: str
+    message: str
+
+
+def together(ranks: Ranks, act: Callable[[], T]) -> T:
+    """Run `act` on every rank; if it raises on any, raise on all: one's own error, or the failed ranks named."""
+    result: T | None = None
+    failure: BaseException | None = None
+    try:
+        result = act()
+    except Exception as error:
+        failure = error
+    raise_together(ranks, failure)
+    return result  # type: ignore[return-value]
+
+
+def raise_together(ranks: Ranks, failure: BaseException | None) -> None:
+    """Raise on every rank if any rank brings a failure."""
+    if ranks.maximum(bytes([failure is not None])) == b"\x00":
+        return
+    said = [_decode(data) for data in ranks.gather(_encode(failure) if failure else b"")]
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, found in enumerate(said) if found]
+    first = said[failed[0]]
+    assert first is not None
+    others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+    raise _error(first.kind, f"rank {failed[0]}{others}: {first.message}")
+
+
+def on_first(ranks: Ranks, act: Callable[[], bytes]) -> bytes:
+    """Run `act` on rank 0 and give its result to all; if it raises there, every rank raises the same."""
+    if ranks.rank:
+        answer = ranks.share(b"")
+        if answer[:1] == b"E":
+            failure = msgspec.msgpack.decode(answer[1:], type=_Failure)
+            raise _error(failure.kind, failure.message)
+        return answer[1:]
+    try:
+        result = act()
+    except Exception as error:
+        ranks.share(b"E" + _encode(error))
+        raise
+    ranks.share(b"R" + result)
+    return result
+
+
+def _encode(error: BaseException) -> bytes:
+    return msgspec.msgpack.encode(_Failure(type(error).__name__, str(error) or repr(error)))
+
+
+def _decode(data: bytes) -> _Failure | None:
+    return msgspec.msgpack.decode(data, type=_Failure) if data else None
+
+
+def _error(kind: str, message: str) -> CkptError:
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, CkptError):
+        return known(message)
+    return SaveFailed(f"{kind}: {message}")

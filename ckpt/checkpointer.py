@@ -1,0 +1,464 @@
+"""The public door: `Checkpointer` for a training run that saves, and the readers that never write.
+
+Owns the defaults, the loop, signals and progress; saving and restoring themselves are in `saver` and `restorer`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ckpt.agreement import Signal, on_first
+from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound, SaveFailed
+from ckpt.holder import Holder, find_commit
+from ckpt.log import HEAD, Commit, View
+from ckpt.ranks import Ranks, connect
+from ckpt.restorer import Relaxed, StepReader, restore_step
+from ckpt.run import RunDirectory
+from ckpt.saver import Saver
+
+log = logging.getLogger("ckpt")
+
+
+@dataclass(frozen=True)
+class Every:
+    """When a save is due: every `steps` completed steps, or when `seconds` have passed since the last save.
+
+    Rank 0's clock decides for all.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("Every(steps=...) or Every(seconds=...): one of the two")
+        if (self.steps if self.steps is not None else self.seconds or 0) <= 0:
+            raise ValueError("Every: the interval must be positive")
+
+    def due(self, step: int, since_save_s: float) -> bool:
+        if self.steps is not None:
+            return step > 0 and step % self.steps == 0
+        assert self.seconds is not None
+        return since_save_s >= self.seconds
+
+
+@dataclass(frozen=True)
+class SaveHandle:
+    """A save that was asked for."""
+
+    commit: Commit
+
+    def wait(self, timeout_s: float | None = None) -> Commit:
+        """Its commit, once it is durable."""
+        return self.commit
+
+    def wait_copied(self) -> None:
+        """Return once the state may be changed again."""
+
+    def done(self) -> bool:
+        return True
+
+    def exception(self) -> BaseException | None:
+        return None
+
+
+class Checkpointer:
+    """Saves and restores the state of a training run under one address, on all ranks together.
+
+    `url` is a directory that all nodes see. With several ranks, `torch.distributed` must be initialised first;
+    every method is then collective unless it says otherwise. `commit_timeout_s` bounds every wait for other ranks.
+
+    Errors (all `CkptError`): `Fenced` when a newer start of the run has taken over, `SaveFailed` and
+    `StorageError` when a save does not commit, `Corrupt`, `Incompatible`, `NotFound`, `DeadlineExceeded`.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        every: Every | None = None,
+        run_id: str | None = None,
+        takeover: bool = False,
+        strict_fencing: bool = True,
+        commit_timeout_s: float = 600,
+    ) -> None:
+        self.url = os.fspath(url)
+        self._every = every or Every(steps=1000)
+        self._ranks: Ranks = connect(commit_timeout_s)
+        self._holder: Holder | None = None
+
+        def open_run() -> bytes:
+            run = RunDirectory.open(url, create=True)
+            _check_fencing(run, strict_fencing)
+            self._holder = Holder(run, run_id=run_id or _run_id(), takeover=takeover)
+            return b""
+
+        on_first(self._ranks, open_run)
+        self._run = self._holder.run if self._holder else RunDirectory.open(url)
+        self._saver = Saver(self._ranks, self._run, self._holder)
+        self._metrics: dict[str, float] = {}
+        self._saved_at = time.monotonic()
+        self._last_saved: int | None = None
+        self._stop_asked = False
+        self._closed = False
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._closed = True  # other ranks may be gone: nothing collective, and nothing that hides the error
+
+    # Saving
+
+    def save(
+        self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None, blocking: bool = False
+    ) -> SaveHandle:
+        """Save `state` as `step`, the number of completed steps; returns when it is durable and committed.
+
+        `metrics` are kept with the step. Raises on every rank if it fails on any; older steps are as they were.
+        """
+        self._check_open()
+        commit = self._saver.save(step, state, {**self._metrics, **(metrics or {})})
+        self._metrics.clear()
+        self._saved_at, self._last_saved = time.monotonic(), step
+        return SaveHandle(commit)
+
+    def report(self, **metrics: float) -> None:
+        """Metrics of the current step, stored with it if it is saved. Not collective."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    def due(self, step: int) -> bool:
+        """Whether `every` asks for a save after `step` completed steps; the same on every rank."""
+        mine = self._every.due(step, time.monotonic() - self._saved_at)
+        if self._every.steps is not None:
+            return mine
+        return Signal.decode(self._ranks.maximum(self._signal(step, due=mine).encode()), step).due
+
+    def stop_requested(self, step: int) -> bool:
+        """Whether any rank was asked to stop (SIGTERM within `steps`); the same on every rank."""
+        return Signal.decode(self._ranks.maximum(self._signal(step).encode()), step).stop
+
+    # Restoring
+
+    def restore(
+        self,
+        state: Any,
+        *,
+        step: int | None = None,
+        required: bool = False,
+        fallback: bool = False,
+        strict: bool = True,
+        only: Sequence[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        cast: bool = False,
+    ) -> int | None:
+        """Fill `state` in place with the newest step (or `step`), whatever the world size was; returns the step.
+
+        None, and nothing touched, only if the run has no step at all (`NotFound` with `required`). A damaged step is
+        `Corrupt`; with `fallback` an older one is taken instead, and logged. Going back to an older step is recorded:
+        the run goes on from there, also if it dies before its next save. Everything in the state must be in the step
+        and the other way round, in shape and dtype, or it is one `Incompatible` error; `strict=False` skips what is
+        missing on either side, `only` restores just keys at or below these paths, `rename` maps stored key prefixes
+        to those of the state, `cast` converts dtypes.
+        """
+        self._check_open()
+        relaxed = Relaxed(strict, tuple(only) if only is not None else None, rename, cast)
+        chosen = _choose(self._ranks, lambda: self._begin(step), self._run, required or step is not None)
+        if chosen is None:
+            return None
+        done = _restore_or_fall_back(self._ranks, self._run, chosen, state, relaxed, fallback, self._lineage)
+        if done.attempt != chosen.attempt:
+            on_first(self._ranks, lambda: self._go_back(done.attempt))
+        self._saved_at, self._last_saved = time.monotonic(), done.step
+        return done.step
+
+    def _begin(self, step: int | None) -> Commit | None:
+        """On rank 0: take the run, adopt what was left complete, and choose; going back is recorded."""
+        assert self._holder is not None
+        holder = self._holder
+        if holder.start is None:
+            holder.take("restore")
+            if step is None:
+                holder.adopt()
+        else:
+            holder.run.log.read()
+        if step is None and not holder.view.lineage():
+            return None
+        commit = find_commit(holder.view, step)
+        if holder.view.head is None or commit.attempt != holder.view.head.attempt:
+            self._go_back(commit.attempt)
+        return commit
+
+    def _go_back(self, attempt: str) -> bytes:
+        assert self._holder is not None
+        self._holder.take(f"back to {attempt}", base=attempt)
+        return b""
+
+    def _lineage(self) -> list[Commit]:
+        return _lineage(self._holder.view) if self._holder else []
+
+    # The loop
+
+    def steps(self, total: int, state: Any, *, required: bool = False) -> Iterator[int]:
+        """Yield the index of each step still to run, `total` in all: restores first, saves as `every` says.
+
+        Also saves at the end, and on SIGTERM: all ranks then finish one agreed step, save it, and the loop ends
+        early (exit with the usual code 143 if `stopped`). Leaving the loop by `break` does not save.
+        """
+        first = self.restore(state, required=required) or 0
+        self._stop_asked = False
+        with _sigterm(self._ask_to_stop), _progress(first, total, self._ranks.rank) as advance:
+            pending = None
+            for step in range(first, total):
+                yield step
+                done = step + 1
+                heard = pending() if pending else None
+                advance(done)
+                if heard is not None and heard.failed:
+                    raise SaveFailed("another rank failed; see its log. Committed steps are as they were.")
+                if heard is not None and heard.stop:
+                    self._save_if_new(done, state)
+                    log.warning("stopped after step %d on request; the step is saved", done)
+                    self.stopped = True
+                    return
+                if (heard is not None and heard.due) or self._due_by_steps(done) or done == total:
+                    self._save_if_new(done, state)
+                pending = self._begin_signal(done) if done < total else None
+
+    stopped = False
+    """Whether `steps` ended early because a stop was requested."""
+
+    def _due_by_steps(self, done: int) -> bool:
+        return self._every.steps is not None and self._every.due(done, 0)
+
+    def _save_if_new(self, step: int, state: Any) -> None:
+        if self._last_saved != step:
+            self.save(step, state)
+
+    def _begin_signal(self, step: int) -> Callable[[], Signal]:
+        due = self._every.seconds is not None and self._every.due(step, time.monotonic() - self._saved_at)
+        read = self._ranks.begin_maximum(self._signal(step, due=due and self._ranks.rank == 0).encode())
+        return lambda: Signal.decode(read(), step)
+
+    def _signal(self, step: int, *, due: bool = False) -> Signal:
+        return Signal(step, due=due and self._ranks.rank == 0, stop=self._stop_asked)
+
+    def _ask_to_stop(self) -> None:
+        self._stop_asked = True
+
+    # Looking
+
+    def latest_step(self) -> int | None:
+        """The newest step of the run, or None. Not collective; reads the log."""
+        lineage = _lineage(RunDirectory.open(self.url).log.read())
+        return lineage[-1].step if lineage else None
+
+    def all_steps(self) -> list[int]:
+        """The steps that can be restored, ascending. Not collective; reads the log."""
+        return [commit.step for commit in _lineage(RunDirectory.open(self.url).log.read())]
+
+    # Ending
+
+    def wait_until_finished(self, timeout_s: float | None = None) -> None:
+        """Return once every save is durable; raise if one failed."""
+        self._check_open()
+
+    def close(self) -> None:
+        """Wait until every save is durable, then let go of the run. Collective; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._ranks.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SaveFailed(f"this Checkpointer of {self.url} is closed; make a new one")
+
+
+# Readers
+
+
+def restore(
+    url: str | os.PathLike[str],
+    state: Any,
+    *,
+    step: int | None = None,
+    fallback: bool = False,
+    strict: bool = True,
+    only: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    cast: bool = False,
+    timeout_s: float = 600,
+) -> int:
+    """Fill `state` from a run without becoming its writer: for evaluation, or a warm start from another run.
+
+    Collective where there are several ranks. Arguments and errors as in `Checkpointer.restore`; `NotFound` if the
+    run has no step.
+    """
+    ranks = connect(timeout_s)
+    try:
+        run_url = on_first(ranks, lambda: RunDirectory.open(url).url.encode()).decode()
+        run = RunDirectory.open(run_url)
+        relaxed = Relaxed(strict, tuple(only) if only is not None else None, rename, cast)
+        chosen = _choose(ranks, lambda: find_commit(run.log.read(), step), run, True)
+        assert chosen is not None
+        return _restore_or_fall_back(ranks, run, chosen, state, relaxed, fallback, lambda: _lineage(run.log.view)).step
+    finally:
+        ranks.close()
+
+
+def follow(
+    url: str | os.PathLike[str], *, after: int | None = None, timeout_s: float = 3600, poll_s: float = 1.0
+) -> Iterator[Commit]:
+    """Yield the newest commit whenever there is a new one above step `after`, for evaluation beside a training run.
+
+    Steps that appear faster than they are taken are skipped but for the newest. `DeadlineExceeded` after `timeout_s`
+    without a new one. Never writes; the run need not exist yet.
+    """
+    seen: str | None = None
+    deadline = time.monotonic() + timeout_s
+    while True:
+        head = _head(url)
+        if head is not None and head.attempt != seen and (after is None or head.step > after):
+            seen = head.attempt
+            yield head
+            deadline = time.monotonic() + timeout_s
+        elif time.monotonic() > deadline:
+            raise DeadlineExceeded(f"no new step in {os.fspath(url)} for {timeout_s:g} s")
+        else:
+            time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.0)))
+
+
+def _head(url: str | os.PathLike[str]) -> Commit | None:
+    try:
+        lineage = _lineage(RunDirectory.open(url).log.read())
+    except NotFound:
+        return None
+    return lineage[-1] if lineage else None
+
+
+def _lineage(view: View) -> list[Commit]:
+    return [commit for commit in view.lineage() if commit.attempt not in view.retired]
+
+
+def _choose(ranks: Ranks, choose: Callable[[], Commit | None], run: RunDirectory, required: bool) -> Commit | None:
+    """The commit that rank 0 chooses, on every rank."""
+
+    def act() -> bytes:
+        commit = choose()
+        if commit is None and required:
+            raise NotFound(f"there is no checkpoint in {run.url}")
+        return msgspec.msgpack.encode(commit)
+
+    return msgspec.msgpack.decode(on_first(ranks, act), type=Commit | None)
+
+
+def _restore_or_fall_back(
+    ranks: Ranks,
+    run: RunDirectory,
+    commit: Commit,
+    state: Any,
+    relaxed: Relaxed,
+    fallback: bool,
+    lineage: Callable[[], list[Commit]],
+) -> Commit:
+    """Restore `commit`; where that is damaged and the caller allows it, the newest older one that is not."""
+    while True:
+        try:
+            data = on_first(ranks, lambda commit=commit: StepReader(run, commit).manifest_data)  # type: ignore[misc]
+            restore_step(StepReader(run, commit, data), ranks, state, relaxed)
+            return commit
+        except Corrupt as error:
+            if not fallback:
+                raise
+            older = _choose(ranks, lambda commit=commit: _older(lineage(), commit), run, False)  # type: ignore[misc]
+            if older is None:
+                raise
+            if ranks.rank == 0:
+                log.warning("step %d is damaged, falling back to step %d: %s", commit.step, older.step, error)
+            commit = older
+
+
+def _older(lineage: list[Commit], commit: Commit) -> Commit | None:
+    return max((c for c in lineage if c.step < commit.step), key=lambda c: c.step, default=None)
+
+
+def _check_fencing(run: RunDirectory, strict: bool) -> None:
+    if run.store.capabilities.fences:
+        return
+    if strict:
+        raise Incompatible(
+            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart. "
+            "If you promise that one job writes at a time, pass strict_fencing=False."
+        )
+    log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)
+
+
+def _run_id() -> str | None:
+    """The name of this job, where its launcher gave it one of its own."""
+    given = os.environ.get("CKPT_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return given if given and given != "none" else None
+
+
+class _sigterm:  # noqa: N801
+    """While entered, SIGTERM calls `act` instead of ending the process; elsewhere than the main thread a no-op."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+        self._before: Any = None
+        self._active = False
+
+    def __enter__(self) -> None:
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+            self._active = True
+        except ValueError:
+            log.info("not in the main thread: SIGTERM will not save")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._act()
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class _progress:  # noqa: N801
+    """A bar on stderr on rank 0 of a job at a terminal; nothing elsewhere."""
+
+    def __init__(self, first: int, total: int, rank: int) -> None:
+        self._bar = Progress(
+            TextColumn("steps"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=rank != 0 or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("steps", total=total, completed=first)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        return lambda done: self._bar.update(self._task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+__all__ = ["Checkpointer", "CkptError", "Every", "HEAD", "SaveHandle", "follow", "restore"]

@@ -1,0 +1,190 @@
+"""The right to append: one process (rank 0) holds a generation of the run and commits in its name.
+
+Collects what a `start` record says of this process, adopts what the generation before left complete, and turns
+an attempt whose parts all lie on the store into a commit. No tensors and no other ranks here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+from ckpt.errors import CkptError, Corrupt, NotFound
+from ckpt.log import HEAD, Commit, Start, View, attempt_name, decide_commit, decide_start, parse_attempt
+from ckpt.manifest import (
+    MANIFEST_LIMIT_BYTES,
+    PART_LIMIT_BYTES,
+    Manifest,
+    data_name,
+    decode_manifest,
+    digest,
+    encode_manifest,
+    part_name,
+)
+from ckpt.run import RunDirectory
+
+log = logging.getLogger("ckpt")
+
+
+class Holder:
+    """A run's directory that this process appends to, from its first `start` on."""
+
+    def __init__(self, run: RunDirectory, *, run_id: str | None, takeover: bool) -> None:
+        self.run = run
+        self._run_id, self._takeover = run_id, takeover
+        self.start: Start | None = None
+
+    @property
+    def view(self) -> View:
+        return self.run.log.view
+
+    def take(self, reason: str, base: str | None = HEAD) -> Start:
+        """Append a `start`: this process holds the next generation, going on from `base`.
+
+        `Fenced` if another process took a generation since this one did, or a live holder has another run id.
+        """
+        nonce, current = secrets.token_hex(8), self.start
+        self.start = self.run.log.append(
+            lambda view: decide_start(
+                view,
+                nonce=nonce,
+                run_id=self._run_id,
+                reason=reason,
+                base=base,
+                takeover=self._takeover or current is not None,
+                holder_gone=_is_gone(view.holder),
+                expected_generation=current.generation if current else None,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                boot_id=_boot_id(),
+                unix_s=time.time(),
+            )
+        )
+        return self.start
+
+    def ensure_started(self, reason: str) -> Start:
+        return self.start or self.take(reason)
+
+    def new_attempt(self, step: int) -> str:
+        """Name and directory for an attempt to save `step`, after a look whether it may be committed at all."""
+        start = self.ensure_started("first save")
+        view = self.run.log.read()
+        name = attempt_name(step, secrets.token_hex(4))
+        self._decide(view, start, _probe(name, step))
+        self.run.store.make_directory(self.run.attempt_path(name))
+        return name
+
+    def commit(self, manifest: Manifest) -> Commit:
+        """Write MANIFEST, then the commit record. When this returns the step exists."""
+        assert self.start is not None
+        data = encode_manifest(manifest)
+        self.run.store.put(self.run.attempt_path(manifest.attempt, "MANIFEST"), data)
+        return self._append_commit(manifest, data)
+
+    def _append_commit(self, manifest: Manifest, data: bytes) -> Commit:
+        start = self.start
+        assert start is not None
+        fields = {
+            "nonce": secrets.token_hex(8),
+            "step": manifest.step,
+            "attempt": manifest.attempt,
+            "manifest_digest": digest(data).hex(),
+            "manifest_bytes": len(data),
+            "content_digest": manifest.content_digest.hex(),
+            "metrics": manifest.metrics,
+            "world": manifest.world.size,
+            "unix_s": time.time(),
+            "nbytes": sum(ref.data_bytes + ref.part_bytes for ref in manifest.parts) + len(data),
+        }
+        return self.run.log.append(lambda view: self._decide(view, start, fields))
+
+    @staticmethod
+    def _decide(view: View, start: Start, fields: dict[str, object]) -> Commit:
+        return decide_commit(view, generation=start.generation, holder_nonce=start.nonce, **fields)  # type: ignore[arg-type]
+
+    def adopt(self) -> Commit | None:
+        """Commit the newest complete attempt that the generation before left uncommitted on top of the head.
+
+        Its files were durable before its MANIFEST was written; sizes and the digests of all parts are checked
+        again here, and the restore that follows verifies what it reads.
+        """
+        previous = self.view.starts[-2].generation if len(self.view.starts) > 1 else 0
+        for name in reversed(self.run.attempts()):
+            if name in self.view.commits or name in self.view.retired or self._passed(name):
+                continue
+            try:
+                manifest, data = self._complete(name)
+            except CkptError as error:
+                log.info("attempt %s of an earlier generation is not complete: %s", name, error)
+                continue
+            head = self.view.head.attempt if self.view.head else None
+            if manifest.generation == previous and manifest.parent == head:
+                commit = self._append_commit(manifest, data)
+                log.warning("adopted step %d, which generation %d left complete", commit.step, previous)
+                return commit
+        return None
+
+    def _passed(self, name: str) -> bool:
+        parsed, head = parse_attempt(name), self.view.head
+        return parsed is None or (head is not None and parsed[0] <= head.step)
+
+    def _complete(self, name: str) -> tuple[Manifest, bytes]:
+        store, path = self.run.store, self.run.attempt_path
+        data = store.read(path(name, "MANIFEST"), limit_bytes=MANIFEST_LIMIT_BYTES)
+        manifest = decode_manifest(data, path(name, "MANIFEST"))
+        if manifest.attempt != name:
+            raise Corrupt(f"{path(name, 'MANIFEST')} is that of attempt {manifest.attempt}")
+        for rank, ref in enumerate(manifest.parts):
+            if store.size(path(name, data_name(rank))) != ref.data_bytes:
+                raise Corrupt(f"{path(name, data_name(rank))} has another size than its manifest says")
+            part = store.read(path(name, part_name(rank)), limit_bytes=PART_LIMIT_BYTES)
+            if len(part) != ref.part_bytes or digest(part) != ref.part_digest:
+                raise Corrupt(f"{path(name, part_name(rank))} does not match its manifest")
+        return manifest, data
+
+
+def find_commit(view: View, step: int | None) -> Commit:
+    """The commit of `step` in the lineage (None: the head). `NotFound` names what there is."""
+    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+    if step is None and lineage:
+        return lineage[-1]
+    for commit in lineage:
+        if commit.step == step:
+            return commit
+    known = ", ".join(str(commit.step) for commit in lineage[-8:]) or "none"
+    raise NotFound(f"there is no {'checkpoint' if step is None else f'step {step}'} in this run; newest steps: {known}")
+
+
+def _probe(attempt: str, step: int) -> dict[str, object]:
+    """A commit as it would be, to be refused before anything is written if it must be."""
+    none = "00"
+    return {
+        "nonce": "probe",
+        "step": step,
+        "attempt": attempt,
+        "manifest_digest": none,
+        "manifest_bytes": 0,
+        "content_digest": none,
+        "metrics": {},
+        "world": 1,
+        "unix_s": 0.0,
+        "nbytes": 0,
+    }
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _is_gone(holder: Start | None) -> bool:
+    """Whether the holder's process certainly no longer runs: same boot of this machine, and no such process."""
+    if holder is None or not holder.boot_id or holder.boot_id != _boot_id() or holder.host != socket.gethostname():
+        return False
+    return not Path(f"/proc/{holder.pid}").exists()

@@ -1,0 +1,376 @@
+"""MANIFEST and parts: what one attempt holds, as bytes and back. `docs/format.md` describes the same in prose.
+
+    frame    = magic (8 bytes) + payload length (8, little endian) + payload + xxh3_128 of all before (16)
+    MANIFEST = frame of a msgpack map `Manifest`: symbolic shardings, world, size and digest of every part
+    part     = frame of a msgpack map `Part`: the chunks and values that one writer stored
+
+Encode, decode and validate stand side by side. Input is untrusted: sizes are checked before parsing, types
+while parsing, and every number and name after it; anything wrong is `Corrupt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from math import prod
+from typing import Literal, TypeVar
+
+import msgspec
+import xxhash
+
+from ckpt.errors import Corrupt, Incompatible
+from ckpt.layout import Entry, Layout, Role, World
+from ckpt.sharding import ITEMSIZE, Declared, Mesh, OnMesh, Placement, Replicate, Sharding, Split, TensorSpec, Whole
+from ckpt.slices import Slice
+
+MANIFEST_MAGIC = b"HFmanif\x01"
+PART_MAGIC = b"HFpart_\x01"
+MANIFEST_LIMIT_BYTES = 256 << 20
+PART_LIMIT_BYTES = 1 << 30
+BLOCK_BYTES = 256 * 1024
+"""Raw bytes under one digest; counted from the first byte of a chunk."""
+DIGEST_BYTES = 16
+MAX_DIMS = 64
+MAX_WORLD = 1 << 22
+_MAX_BYTES = 1 << 62
+
+T = TypeVar("T")
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    """xxh3_128 of `data`, 16 bytes, big endian."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def part_name(rank: int) -> str:
+    return f"r{rank:05d}.part"
+
+
+def data_name(rank: int) -> str:
+    return f"r{rank:05d}.safetensors"
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A stored Slice. Row-major raw bytes; `digests` holds one xxh3_128 for each BLOCK_BYTES of them."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    file: str  # "" is the data file of this part's writer
+    at: int  # first byte in the file
+    stored_bytes: int
+    codec: Literal["raw"]
+    digests: bytes
+
+    @property
+    def box(self) -> Slice:
+        return Slice(self.offset, self.shape)
+
+    @property
+    def raw_bytes(self) -> int:
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one writer stored: its chunks in order of (key, offset), the shared values it owns, its own values."""
+
+    rank: int
+    attempt: str
+    data_bytes: int
+    chunks: tuple[Chunk, ...]
+    values: dict[str, bytes]
+    rank_values: dict[str, bytes]
+
+    def content_digest(self) -> bytes:
+        """Digest of what is stored, whatever the file layout and codec."""
+        content = [(c.key, c.offset, c.shape, c.dtype, c.digests) for c in self.chunks]
+        return digest(msgspec.msgpack.encode((content, sorted(self.values.items()), sorted(self.rank_values.items()))))
+
+
+class PartRef(msgspec.Struct, frozen=True, array_like=True):
+    """Size and digest of a part, and the size of its data file."""
+
+    part_bytes: int
+    part_digest: bytes
+    data_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """One attempt. `parent` is the attempt that its lineage continues; the part of rank i is `parts[i]`."""
+
+    step: int
+    generation: int
+    attempt: str
+    parent: str | None
+    world: World
+    ownership: str
+    parts: tuple[PartRef, ...]
+    content_digest: bytes
+    metrics: dict[str, float]
+
+
+class _Mesh(msgspec.Struct, array_like=True):
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class _Sharding(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """{} is whole; mesh and placements a DTensor; offset and shape a declared box."""
+
+    mesh: int | None = None
+    placements: tuple[str, ...] | None = None
+    offset: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+
+
+class _Tensor(msgspec.Struct, array_like=True):
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    sharding: int
+    role: Role
+
+
+class _Layout(msgspec.Struct, forbid_unknown_fields=True):
+    tensors: tuple[_Tensor, ...]
+    aliases: tuple[tuple[str, str], ...]
+    values: tuple[str, ...]
+    rank_values: tuple[str, ...]
+
+
+class _World(msgspec.Struct, forbid_unknown_fields=True):
+    meshes: tuple[_Mesh, ...]
+    shardings: tuple[_Sharding, ...]
+    layouts: tuple[_Layout, ...]
+    layout_of: tuple[int, ...]
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    step: int
+    generation: int
+    attempt: str
+    parent: str | None
+    world: _World
+    ownership: str
+    parts: tuple[PartRef, ...]
+    content_digest: bytes
+    metrics: dict[str, float]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    fields = {name: getattr(manifest, name) for name in Manifest.__struct_fields__}
+    wire = _Manifest(**{**fields, "world": _world_to_wire(manifest.world)})
+    return _frame(MANIFEST_MAGIC, msgspec.msgpack.encode(wire), MANIFEST_LIMIT_BYTES)
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in `data`. `Corrupt`, naming `where`, if anything in it is not as it must be."""
+    wire = _unframe(MANIFEST_MAGIC, data, MANIFEST_LIMIT_BYTES, _Manifest, where)
+    world = _valid(where, lambda: _world_from_wire(wire.world))
+    if len(wire.parts) != world.size:
+        raise Corrupt(f"{where}: {len(wire.parts)} parts for a world of {world.size} ranks")
+    if not 0 <= wire.step < 1 << 63 or wire.generation < 0:
+        raise Corrupt(f"{where}: step {wire.step} or generation {wire.generation} is out of range")
+    for ref in wire.parts:
+        _require_bytes(where, "part", ref.part_bytes, PART_LIMIT_BYTES)
+        _require_bytes(where, "data file", ref.data_bytes, _MAX_BYTES)
+        if len(ref.part_digest) != DIGEST_BYTES:
+            raise Corrupt(f"{where}: the digest of a part has {len(ref.part_digest)} bytes")
+    fields = {name: getattr(wire, name) for name in _Manifest.__struct_fields__}
+    return Manifest(**{**fields, "world": world})
+
+
+def encode_part(part: Part) -> bytes:
+    return _frame(PART_MAGIC, msgspec.msgpack.encode(part), PART_LIMIT_BYTES)
+
+
+def decode_part(data: bytes, where: str) -> Part:
+    """The part in `data`. `Corrupt`, naming `where`, if anything in it is not as it must be."""
+    part = _unframe(PART_MAGIC, data, PART_LIMIT_BYTES, Part, where)
+    for chunk in part.chunks:
+        _valid(where, lambda chunk=chunk: _check_chunk(chunk, part.data_bytes))  # type: ignore[misc]
+    spans = sorted((c.at, c.at + c.stored_bytes) for c in part.chunks if not c.file)
+    if any(left[1] > right[0] for left, right in pairwise(spans)):
+        raise Corrupt(f"{where}: two chunks share bytes of one file")
+    return part
+
+
+def encode_layout(layout: Layout) -> bytes:
+    """One rank's layout as it travels to the other ranks; equal layouts give equal bytes."""
+    return msgspec.msgpack.encode(_world_to_wire(World((layout,), (0,))))
+
+
+def decode_layout(data: bytes) -> Layout:
+    return _world_from_wire(msgspec.msgpack.decode(data, type=_World), check_ranks=False).layouts[0]
+
+
+# Frames
+
+
+def _frame(magic: bytes, payload: bytes, limit_bytes: int) -> bytes:
+    body = magic + len(payload).to_bytes(8, "little") + payload
+    if len(body) + DIGEST_BYTES > limit_bytes:
+        raise Incompatible(f"metadata of {len(body)} bytes is over the format's limit of {limit_bytes}")
+    return body + digest(body)
+
+
+def _unframe(magic: bytes, data: bytes, limit_bytes: int, kind: type[T], where: str) -> T:
+    if len(data) > limit_bytes:
+        raise Corrupt(f"{where}: {len(data)} bytes, over the limit of {limit_bytes}")
+    if data[:7] == magic[:7] and data[7:8] != magic[7:8]:
+        raise Incompatible(f"{where}: format version {data[7]}; this release reads {magic[7]}. Use a newer holdfast.")
+    if data[:8] != magic or len(data) < 16 + DIGEST_BYTES:
+        raise Corrupt(f"{where}: not a {magic[2:7].decode()} (starts with {data[:8]!r}, {len(data)} bytes)")
+    length = int.from_bytes(data[8:16], "little")
+    if len(data) != 16 + length + DIGEST_BYTES:
+        raise Corrupt(f"{where}: {len(data)} bytes, its header says {16 + length + DIGEST_BYTES}: truncated or padded")
+    if digest(memoryview(data)[:-DIGEST_BYTES]) != data[-DIGEST_BYTES:]:
+        raise Corrupt(f"{where}: its bytes do not match its own digest")
+    try:
+        return msgspec.msgpack.decode(memoryview(data)[16:-DIGEST_BYTES], type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise Corrupt(f"{where}: {error}") from error
+
+
+def _valid(where: str, build: Callable[[], T]) -> T:
+    try:
+        return build()
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise Corrupt(f"{where}: {error}") from error
+
+
+def _require_bytes(where: str, what: str, nbytes: int, limit: int) -> None:
+    if not 0 <= nbytes <= limit:
+        raise Corrupt(f"{where}: a {what} of {nbytes} bytes is out of range")
+
+
+# Chunks
+
+
+def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
+    spec = _spec(chunk.dtype, chunk.shape)
+    _ = chunk.box
+    if any(o > _MAX_BYTES for o in chunk.offset):
+        raise ValueError(f"chunk of {chunk.key}: offset {chunk.offset} is out of range")
+    if chunk.file:
+        raise ValueError(f"chunk of {chunk.key}: refers to file {chunk.file!r}; this release reads no references")
+    if chunk.stored_bytes != spec.nbytes:
+        raise ValueError(f"chunk of {chunk.key}: {chunk.stored_bytes} stored bytes, its shape needs {spec.nbytes}")
+    if chunk.at < 0 or chunk.at + chunk.stored_bytes > data_bytes:
+        raise ValueError(f"chunk of {chunk.key}: bytes {chunk.at}+{chunk.stored_bytes} reach outside the data file")
+    if len(chunk.digests) != -(-spec.nbytes // BLOCK_BYTES) * DIGEST_BYTES:
+        raise ValueError(f"chunk of {chunk.key}: {len(chunk.digests)} bytes of digests for {spec.nbytes} bytes")
+
+
+# The world
+
+
+def placement_code(placement: Placement) -> str:
+    """R, S<dim>, or S<dim>/<split factor>."""
+    match placement:
+        case Replicate():
+            return "R"
+        case Split(dim, 1):
+            return f"S{dim}"
+        case Split(dim, factor):
+            return f"S{dim}/{factor}"
+
+
+def _placement(code: str, dims: int) -> Placement:
+    if code == "R":
+        return Replicate()
+    dim, _, factor = code[1:].partition("/")
+    if code[:1] != "S" or not dim.isdecimal() or (factor and not factor.isdecimal()) or len(code) > 32:
+        raise ValueError(f"unknown placement {code!r}")
+    split = Split(int(dim), int(factor or 1))
+    if split.dim >= dims or not 1 <= split.split_factor <= MAX_WORLD:
+        raise ValueError(f"placement {code!r} does not fit a tensor of {dims} dimensions")
+    return split
+
+
+def _world_to_wire(world: World) -> _World:
+    meshes: dict[Mesh, int] = {}
+    shardings: dict[Sharding, int] = {}
+    for layout in world.layouts:
+        for entry in layout.entries:
+            if isinstance(entry.sharding, OnMesh):
+                meshes.setdefault(entry.sharding.mesh, len(meshes))
+            shardings.setdefault(entry.sharding, len(shardings))
+    return _World(
+        meshes=tuple(_Mesh(mesh.shape, mesh.ranks) for mesh in meshes),
+        shardings=tuple(_sharding_to_wire(sharding, meshes) for sharding in shardings),
+        layouts=tuple(_layout_to_wire(layout, shardings) for layout in world.layouts),
+        layout_of=world.layout_of,
+    )
+
+
+def _sharding_to_wire(sharding: Sharding, meshes: dict[Mesh, int]) -> _Sharding:
+    match sharding:
+        case Whole():
+            return _Sharding()
+        case Declared(box):
+            return _Sharding(offset=box.offset, shape=box.shape)
+        case OnMesh(mesh, placements):
+            return _Sharding(mesh=meshes[mesh], placements=tuple(map(placement_code, placements)))
+
+
+def _layout_to_wire(layout: Layout, shardings: dict[Sharding, int]) -> _Layout:
+    tensors = tuple(
+        _Tensor(entry.key, entry.spec.dtype, entry.spec.shape, shardings[entry.sharding], entry.role)
+        for entry in layout.entries
+    )
+    return _Layout(tensors, layout.aliases, layout.values, layout.rank_values)
+
+
+def _world_from_wire(wire: _World, *, check_ranks: bool = True) -> World:
+    size = len(wire.layout_of)
+    if not 0 < size <= MAX_WORLD or any(not 0 <= i < len(wire.layouts) for i in wire.layout_of):
+        raise ValueError(f"a world of {size} ranks with {len(wire.layouts)} layouts")
+    meshes = [Mesh(mesh.shape, mesh.ranks) for mesh in wire.meshes]
+    for mesh in meshes:
+        if check_ranks and (min(mesh.ranks, default=-1) < 0 or max(mesh.ranks) >= size):
+            raise ValueError(f"a mesh names ranks outside a world of {size}")
+    return World(tuple(_layout_from_wire(wire, layout, meshes) for layout in wire.layouts), wire.layout_of)
+
+
+def _layout_from_wire(wire: _World, layout: _Layout, meshes: list[Mesh]) -> Layout:
+    made: dict[tuple[int, int], Sharding] = {}
+    entries: list[Entry] = []
+    for tensor in layout.tensors:
+        spec = _spec(tensor.dtype, tensor.shape)
+        which = (tensor.sharding, len(spec.shape))
+        if which not in made:
+            if tensor.sharding < 0:
+                raise ValueError(f"{tensor.key}: sharding {tensor.sharding}")
+            made[which] = _sharding(wire.shardings[tensor.sharding], meshes, len(spec.shape))
+        sharding = made[which]
+        if isinstance(sharding, Declared) and not sharding.box.within(Slice((0,) * len(spec.shape), spec.shape)):
+            raise ValueError(f"{tensor.key}: declared {sharding.box} reaches outside {spec.shape}")
+        entries.append(Entry(tensor.key, spec, sharding, tensor.role))
+    keys = [entry.key for entry in entries]
+    if keys != sorted(set(keys)):
+        raise ValueError("tensor keys are not distinct and ascending")
+    known = set(keys)
+    if any(key not in known or alias in known for alias, key in layout.aliases):
+        raise ValueError("a tie names a tensor that is not there")
+    return Layout(tuple(entries), layout.aliases, layout.values, layout.rank_values)
+
+
+def _sharding(wire: _Sharding, meshes: list[Mesh], dims: int) -> Sharding:
+    if wire.placements is not None and wire.mesh is not None:
+        mesh = meshes[wire.mesh] if wire.mesh >= 0 else None
+        if mesh is None or len(mesh.shape) != len(wire.placements):
+            raise ValueError(f"{len(wire.placements)} placements on mesh {wire.mesh}")
+        return OnMesh(mesh, tuple(_placement(code, dims) for code in wire.placements))
+    if wire.offset is not None and wire.shape is not None:
+        return Declared(Slice(wire.offset, wire.shape))
+    return Whole()
+
+
+def _spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    if len(shape) > MAX_DIMS or any(not 0 <= n <= _MAX_BYTES for n in shape) or prod(shape) > _MAX_BYTES // 16:
+        raise ValueError(f"shape {shape} is out of range")
+    return TensorSpec(dtype, shape)

@@ -1,0 +1,278 @@
+"""One restore, on all ranks together: agree on a step, validate, plan, read, verify, set values.
+
+Nothing of the state is touched before every rank has validated its target against the manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ckpt.adapt import Bound, Local, Rng, Saved, Wanted, bind_state, decode_value
+from ckpt.adapt.members import selected
+from ckpt.adapt.values import dtype_name
+from ckpt.agreement import together
+from ckpt.errors import CkptError, Corrupt, Incompatible
+from ckpt.log import Commit
+from ckpt.manifest import (
+    MANIFEST_LIMIT_BYTES,
+    PART_LIMIT_BYTES,
+    Manifest,
+    Part,
+    data_name,
+    decode_manifest,
+    decode_part,
+    digest,
+    part_name,
+)
+from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
+from ckpt.ranks import Ranks
+from ckpt.run import RunDirectory
+from ckpt.sharding import TensorSpec, pieces_of
+from ckpt.transfer import read_data
+
+log = logging.getLogger("ckpt")
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """What a restore may overlook, each on purpose."""
+
+    strict: bool = True
+    only: tuple[str, ...] | None = None
+    rename: Mapping[str, str] | None = None
+    cast: bool = False
+
+
+class StepReader:
+    """A committed step, opened for reading: its manifest, and its parts as they are asked for."""
+
+    def __init__(self, run: RunDirectory, commit: Commit, manifest_data: bytes | None = None) -> None:
+        self.run, self.commit = run, commit
+        where = run.attempt_path(commit.attempt, "MANIFEST")
+        data = manifest_data or run.store.read(where, limit_bytes=MANIFEST_LIMIT_BYTES)
+        if len(data) != commit.manifest_bytes or digest(data).hex() != commit.manifest_digest:
+            raise Corrupt(f"{run.url}/{where}: its bytes are not those that the commit of step {commit.step} names")
+        self.manifest_data = data
+        self.manifest: Manifest = decode_manifest(data, f"{run.url}/{where}")
+        self._parts: dict[int, Part] = {}
+
+    def part(self, rank: int) -> Part:
+        """The part of writer `rank`, verified. Kept until the reader goes."""
+        if rank not in self._parts:
+            name = part_name(rank)
+            path, ref = self.run.attempt_path(self.commit.attempt, name), self.manifest.parts[rank]
+            data = self.run.store.read(path, limit_bytes=PART_LIMIT_BYTES)
+            if len(data) != ref.part_bytes or digest(data) != ref.part_digest:
+                raise Corrupt(f"{self.run.url}/{path}: its bytes are not those that the MANIFEST names")
+            part = decode_part(data, f"{self.run.url}/{path}")
+            if part.rank != rank or part.attempt != self.commit.attempt or part.data_bytes != ref.data_bytes:
+                raise Corrupt(f"{self.run.url}/{path}: it is the part of another attempt or rank")
+            self._parts[rank] = part
+        return self._parts[rank]
+
+    def data_path(self, rank: int) -> str:
+        path = self.run.store.local_path(self.run.attempt_path(self.commit.attempt, data_name(rank)))
+        assert path is not None
+        return path
+
+    def saved(self, rename: Mapping[str, str] | None = None) -> tuple[Saved, dict[str, str]]:
+        """What the step holds under the names of the target, and the stored name of each."""
+        world = self.manifest.world
+        rank_values = {name for layout in world.layouts for name in layout.rank_values}
+        names = [*world.specs, *world.aliases, *world.value_owner, *rank_values]
+        new = {name: _renamed(name, rename or {}) for name in names}
+        if len(set(new.values())) != len(new):
+            raise Incompatible("rename= gives two stored tensors or values the same name")
+        saved = Saved(
+            {new[key]: spec for key, spec in world.specs.items()},
+            {new[alias]: new[key] for alias, key in world.aliases.items()},
+            frozenset(new[name] for name in world.value_owner),
+            frozenset(new[name] for name in rank_values),
+        )
+        return saved, {target: stored for stored, target in new.items()}
+
+
+def _renamed(name: str, rename: Mapping[str, str]) -> str:
+    for old in sorted(rename, key=len, reverse=True):
+        if selected(name, (old,)):
+            return rename[old] + name[len(old) :]
+    return name
+
+
+def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed) -> None:
+    """Fill `state` with the step of `reader`. Collective: on every rank it succeeds, or raises on every rank.
+
+    `Incompatible` before anything is touched if target and step differ; `Corrupt` if what is read is damaged:
+    the state is unusable then, and the error says so.
+    """
+    began = time.monotonic()
+    saved, stored_name = reader.saved(relaxed.rename)
+    bound = together(ranks, lambda: bind_state(state, saved, ranks.rank, ranks.size, relaxed.only))
+    targets = together(ranks, lambda: _validate(reader, saved, bound, relaxed, ranks.size))
+    _refuse_unexpected(ranks, saved, bound, relaxed)
+    values = together(ranks, lambda: _stored_values(reader, bound, stored_name, ranks))
+    reads = together(ranks, lambda: _plan(reader, saved, targets, stored_name, ranks.rank))
+    try:
+        together(ranks, lambda: _read(reader, reads))
+        together(ranks, lambda: _finish(values, bound, reader, ranks))
+    except CkptError as error:
+        raise type(error)(
+            f"{error}\nThe state passed to restore is partly overwritten and must not be used; every stored step is "
+            f"as it was. See `ckpt check {reader.run.url}`."
+        ) from error
+    if ranks.rank == 0:
+        log.info(
+            "restored step %d: %d bytes read by rank 0 in %.2f s",
+            reader.commit.step,
+            reads.fill.read_bytes,
+            time.monotonic() - began,
+        )
+
+
+def _validate(reader: StepReader, saved: Saved, bound: Bound, relaxed: Relaxed, world: int) -> list[Local]:
+    """The tensors to fill; everything that does not fit, in one error."""
+    problems = [] if not relaxed.strict else [f"missing in the checkpoint: {key}" for key in bound.missing]
+    kept: list[Local] = []
+    for local in bound.locals:
+        spec = saved.specs.get(saved.stored(local.key))
+        if spec is None:
+            if relaxed.strict:
+                problems.append(f"missing in the checkpoint: {local.key}")
+            continue
+        if problem := _mismatch(local, spec, relaxed.cast):
+            problems.append(problem)
+        kept.append(local)
+    for wanted in bound.wanted:
+        if wanted.on_resize == "error" and world != reader.manifest.world.size:
+            problems.append(
+                f"{wanted.key} belongs to each of {reader.manifest.world.size} ranks and there are {world} now: wrap it "
+                'in ckpt.PerRank(obj, on_resize="first" or a function)'
+            )
+    if problems:
+        raise Incompatible(_explain(reader, problems))
+    return kept
+
+
+def _mismatch(local: Local, spec: TensorSpec, cast: bool) -> str | None:
+    if local.spec.shape != spec.shape:
+        return f"{local.key}: shape {list(spec.shape)} in the checkpoint, {list(local.spec.shape)} in the state"
+    if local.spec.dtype != spec.dtype and not cast:
+        return f"{local.key}: {spec.dtype} in the checkpoint, {local.spec.dtype} in the state (cast=True converts)"
+    return None
+
+
+def _explain(reader: StepReader, problems: Sequence[str]) -> str:
+    shown = "\n  ".join(problems[:40]) + (f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else "")
+    return (
+        f"step {reader.commit.step} of {reader.run.url} does not fit the state:\n  {shown}\n"
+        "Nothing was touched. `ckpt show` lists what the step holds; only=, rename=, cast=True and strict=False "
+        "relax the comparison on purpose."
+    )
+
+
+def _refuse_unexpected(ranks: Ranks, saved: Saved, bound: Bound, relaxed: Relaxed) -> None:
+    """Whatever the step holds must be wanted by some rank."""
+    used = {saved.stored(local.key) for local in bound.locals} | {wanted.key for wanted in bound.wanted}
+    names = [n for n in sorted({*saved.specs, *saved.values, *saved.rank_values}) if selected(n, relaxed.only)]
+    marks = ranks.maximum(bytes(name in used for name in names))
+    left = [name for name, mark in zip(names, marks, strict=True) if not mark]
+    if left and relaxed.strict:
+        tops = sorted({name.split("/")[0] for name in names} - {name.split("/")[0] for name in left})
+        hint = f"\nTo restore just what the state names: only={tops}" if tops else ""
+        shown = "\n  ".join(f"in the checkpoint, not in the state: {name}" for name in left[:40])
+        more = f"\n  ... and {len(left) - 40} more" if len(left) > 40 else ""
+        raise Incompatible(f"the state does not hold all of the step:\n  {shown}{more}{hint}\nNothing was touched.")
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Reads into memory, then reads of what must equal it; `tensors[i]` is behind target i of either plan."""
+
+    fill: LoadPlan
+    fill_tensors: list[torch.Tensor]
+    compare: LoadPlan
+    compare_tensors: list[torch.Tensor]
+
+
+def _plan(reader: StepReader, saved: Saved, locals_: Sequence[Local], stored_name: dict[str, str], rank: int) -> _Reads:
+    fill: list[tuple[Target, torch.Tensor]] = []
+    compare: list[tuple[Target, torch.Tensor]] = []
+    keys_of: dict[object, set[str]] = {}
+    for local in locals_:
+        key = stored_name[saved.stored(local.key)]
+        known = keys_of.setdefault(local.identity, set())
+        if key not in known:
+            (compare if known else fill).append(_target(reader, key, local, rank, compare=bool(known)))
+            known.add(key)
+    return _Reads(*_plan_reads(reader, fill), *_plan_reads(reader, compare))
+
+
+def _target(reader: StepReader, key: str, local: Local, rank: int, *, compare: bool) -> tuple[Target, torch.Tensor]:
+    spec, tensor = reader.manifest.world.specs[key], local.make()
+    direct = tensor.device.type == "cpu" and tensor.is_contiguous() and dtype_name(tensor.dtype) == spec.dtype
+    pieces = pieces_of(local.sharding, spec.shape, rank)
+    return Target(key, pieces, tuple(tensor.shape), direct, compare), tensor
+
+
+def _plan_reads(
+    reader: StepReader, found: Sequence[tuple[Target, torch.Tensor]]
+) -> tuple[LoadPlan, list[torch.Tensor]]:
+    targets = [target for target, _ in found]
+    manifest = reader.manifest
+    ranks = needed_parts(manifest.world, manifest.ownership, targets)
+    plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in sorted(ranks)})
+    return plan, [tensor for _, tensor in found]
+
+
+def _read(reader: StepReader, reads: _Reads) -> None:
+    read_data(reader.data_path, reads.fill, reads.fill_tensors)
+    read_data(reader.data_path, reads.compare, reads.compare_tensors)
+
+
+def _stored_values(
+    reader: StepReader, bound: Bound, stored_name: dict[str, str], ranks: Ranks
+) -> list[tuple[Wanted, list[bytes]]]:
+    """The stored bytes of every wanted value: one, or those of several ranks for a resize."""
+    return [(wanted, _stored_value(reader, wanted, stored_name[wanted.key], ranks)) for wanted in bound.wanted]
+
+
+def _stored_value(reader: StepReader, wanted: Wanted, name: str, ranks: Ranks) -> list[bytes]:
+    world = reader.manifest.world
+    try:
+        if wanted.on_resize is None:
+            return [reader.part(world.value_owner[name]).values[name]]
+        holders = [rank for rank in range(world.size) if name in world.layout(rank).rank_values]
+        if world.size == ranks.size:
+            holders = [ranks.rank]
+        elif not callable(wanted.on_resize):
+            holders = holders[:1]
+        return [reader.part(rank).rank_values[name] for rank in holders]
+    except KeyError as error:
+        raise Corrupt(f"step {reader.commit.step} of {reader.run.url}: the part lacks the value {error}") from None
+
+
+def _finish(values: Sequence[tuple[Wanted, list[bytes]]], bound: Bound, reader: StepReader, ranks: Ranks) -> None:
+    """Values, then what is made of them, then the random generators."""
+    for wanted, stored in values:
+        if not wanted.last:
+            wanted.apply(_value(wanted, stored, reader, ranks))
+    for act in bound.finish:
+        act()
+    for wanted, stored in values:
+        if wanted.last:
+            wanted.apply(_value(wanted, stored, reader, ranks))
+
+
+def _value(wanted: Wanted, stored: Sequence[bytes], reader: StepReader, ranks: Ranks) -> object:
+    decoded = [decode_value(data, wanted.refs) for data in stored]
+    if wanted.on_resize is None or reader.manifest.world.size == ranks.size or wanted.on_resize == "first":
+        return decoded[0]
+    resize = Rng.reseed if wanted.on_resize == "reseed" else wanted.on_resize
+    assert callable(resize)
+    return resize(decoded, ranks.rank, ranks.size)

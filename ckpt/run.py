@@ -1,0 +1,297 @@
+"""A run's directory: which format it has, where things lie in it, and its log as something to read and append to.
+
+What a record means and what may be appended is decided in `ckpt.log`; here slots are read, created and, when the
+answer was lost, read back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, cast
+from urllib.parse import unquote
+
+import msgspec
+
+from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
+from ckpt.log import (
+    RECORD_LIMIT_BYTES,
+    Commit,
+    Entry,
+    Pin,
+    Request,
+    Retire,
+    Start,
+    View,
+    decode_record,
+    encode_record,
+    is_incomplete,
+    is_name,
+    parse_attempt,
+    parse_slot,
+    slot_name,
+)
+from ckpt.store import AlreadyExists, OutcomeUnknown, Store
+from ckpt.stores.posix import PosixStore
+
+FORMAT_NAME: Final = "holdfast"
+FORMAT_MAJOR: Final = 1
+FORMAT_MINOR: Final = 0
+FORMAT_PATH: Final = "FORMAT.json"
+FORMAT_LIMIT_BYTES: Final = 4096
+LOG: Final = "log"
+STEPS: Final = "steps"
+
+_TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appended
+_UNKNOWN_LIMIT = 3  # creates of unknown outcome
+_LOOK_S = 0.05
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::.*)?://")
+
+RecordT = TypeVar("RecordT", Start, Commit, Pin, Retire, Request)
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """The store at a path (made absolute) or a file:// URL. Raises StorageError for any other URL. Touches nothing."""
+    text = os.fspath(url)
+    scheme = _SCHEME.match(text)
+    if scheme is None and text:
+        return PosixStore(os.path.abspath(text))
+    if text.startswith("file:///"):
+        return PosixStore(unquote(text.removeprefix("file://")))
+    if scheme is not None and scheme[1] != "file":
+        raise StorageError(
+            f"cannot open {text!r}: Object stores are not supported yet in this version. Use a directory that every "
+            "node mounts (NFS, Lustre, a local disk on one node)"
+        )
+    raise StorageError(f"cannot open {text!r}: expected a path or file:///absolute/path")
+
+
+class Format(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of FORMAT.json. `nonce` tells a run's directory from another one at the same place."""
+
+    name: str
+    major: int
+    minor: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory that exists and that this version can read."""
+
+    store: Store
+    format: Format
+    log: RunLog
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], create: bool = False) -> RunDirectory:
+        """The run at `url`; with `create`, a new one where there is none (any number of processes may race).
+
+        Raises NotFound if there is none, Incompatible if it is another program's or of another major version, Corrupt
+        if FORMAT.json is damaged or lost, StorageError if the store fails.
+        """
+        return cls.at(open_store(url), create=create)
+
+    @classmethod
+    def at(cls, store: Store, create: bool = False) -> RunDirectory:
+        """`open` for a store that is already there."""
+        if create:
+            store.make_directory(LOG)
+            store.make_directory(STEPS)
+        found = _read_format(store) or _missing_format(store, create)
+        return cls(store, found, RunLog(store))
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def nonce(self) -> str:
+        return self.format.nonce
+
+    def attempt_path(self, attempt: str, *names: str) -> str:
+        """Store path of an attempt's directory, or of a file in it. Raises ValueError if it is no attempt's name."""
+        if parse_attempt(attempt) is None:
+            raise ValueError(f"{attempt!r} is not an attempt's name, <step>.<nonce>")
+        return "/".join((STEPS, attempt, *names))
+
+    def attempts(self) -> list[str]:
+        """Names of all attempts that have a directory, committed or not, by step."""
+        try:
+            names = self.store.list(STEPS)
+        except NotFound:
+            return []
+        parsed = ((parse_attempt(name), name) for name in names)
+        return [name for key, name in sorted((key, name) for key, name in parsed if key is not None)]
+
+
+class RunLog:
+    """The log of the run in `store`. One user at a time: a thread that needs it too opens its own.
+
+    On a store whose creates are not atomic, a slot that stays incomplete for `settle_s` is void.
+    """
+
+    def __init__(self, store: Store, *, settle_s: float = 2.0, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._store = store
+        self._settle_s = settle_s
+        self._sleep = sleep
+        self._view = View()
+
+    @property
+    def view(self) -> View:
+        """What was read last; touches no storage."""
+        return self._view
+
+    def read(self) -> View:
+        """Read what was appended since, to the end of the log. Raises Corrupt for a gap or a damaged record."""
+        self._read_new()
+        return self._view
+
+    def append(self, decide: Callable[[View], RecordT]) -> RecordT:
+        """Append what `decide` makes of the log's end; the record is durable when this returns.
+
+        `decide` is called again whenever somebody else took the slot, so it must be free of effects and keep to one
+        nonce. What it raises passes through: then nothing was appended. Raises ValueError for a record that would be
+        invalid or without effect, OutcomeUnknown if the store cannot tell, StorageError if it failed or if the slot
+        was lost 100 times.
+        """
+        tried: set[str] = set()
+        unknown: list[OutcomeUnknown] = []
+        for _ in range(_TRIES_LIMIT):
+            standing = self._read_back(tried)
+            if standing is not None:
+                return cast(RecordT, standing)
+            if len(unknown) == _UNKNOWN_LIMIT:
+                raise unknown[-1]
+            record = decide(self._view)
+            following = _view_with(self._view, record)
+            tried.add(record.nonce)
+            try:
+                self._store.create(_slot_path(self._view.next_slot), encode_record(record))
+            except AlreadyExists:
+                continue
+            except OutcomeUnknown as error:
+                unknown.append(error)
+                continue
+            self._view = following
+            return record
+        raise StorageError(f"append to the log of {self._store.url}: lost the next slot {_TRIES_LIMIT} times in a row")
+
+    def _read_back(self, tried: set[str]) -> Entry:
+        """Read to the end; the record with one of the nonces `tried`, made durable, if it stands there after all."""
+        try:
+            entries = self._read_new()
+            mine = [entry for entry in entries if entry is not None and entry.nonce in tried]
+            if mine:
+                self._store.sync_directory(LOG)
+        except CkptError as error:
+            if not tried:
+                raise
+            raise OutcomeUnknown(
+                f"append to the log of {self._store.url}: the record may or may not stand there; reading it "
+                f"back failed: {error}. `ckpt ls {self._store.url}` shows it once the store works"
+            ) from error
+        if tried and not entries:
+            self._sleep(_LOOK_S)  # the slot is taken, or may be, and this machine does not see it yet
+        return mine[0] if mine else None
+
+    def _read_new(self) -> list[Entry]:
+        entries = [self._entry(slot) for slot in range(self._view.next_slot, self._end())]
+        self._view = self._view.extend(entries)
+        return entries
+
+    def _end(self) -> int:
+        """One past the last slot. Raises Corrupt if slots that were read before are gone."""
+        try:
+            names = self._store.list(LOG)
+        except NotFound:
+            names = []
+        end = max((slot + 1 for slot in map(parse_slot, names) if slot is not None), default=0)
+        known = self._view.next_slot
+        if end < known and not self._store.exists(_slot_path(known - 1)):
+            raise Corrupt(f"the log of {self._store.url} had {known} records and now has {end}: was the run deleted?")
+        return end
+
+    def _entry(self, slot: int) -> Entry:
+        path = _slot_path(slot)
+        try:
+            data = self._settled(path)
+            return None if data is None else decode_record(data)
+        except NotFound as error:
+            raise Corrupt(
+                f"{self._store.url}: {path} is missing although later records exist. Copy the whole directory again"
+            ) from error
+        except Corrupt as error:
+            raise Corrupt(f"{self._store.url}: {path}: {error}") from error
+
+    def _settled(self, path: str) -> bytes | None:
+        """The bytes of a slot; None if it is void. On an atomic store nothing is: what is cut off is damaged."""
+        data = self._store.read(path, limit_bytes=RECORD_LIMIT_BYTES)
+        if not is_incomplete(data) or self._store.capabilities.atomic_create:
+            return data
+        for _ in range(max(1, round(self._settle_s / _LOOK_S))):
+            self._sleep(_LOOK_S)
+            data = self._store.read(path, limit_bytes=RECORD_LIMIT_BYTES)
+            if not is_incomplete(data):
+                return data
+        return None
+
+
+def _slot_path(slot: int) -> str:
+    return f"{LOG}/{slot_name(slot)}"
+
+
+def _view_with(view: View, record: Start | Commit | Pin | Retire | Request) -> View:
+    following = view.after(record)
+    if len(following.ignored) > len(view.ignored):
+        raise ValueError(f"a record without effect was proposed: {following.ignored[-1].reason}")
+    return following
+
+
+def _read_format(store: Store) -> Format | None:
+    try:
+        data = store.read(FORMAT_PATH, limit_bytes=FORMAT_LIMIT_BYTES)
+    except NotFound:
+        return None
+    try:
+        return _decode_format(data)
+    except CkptError as error:
+        raise type(error)(f"{store.url}/{FORMAT_PATH}: {error}") from error
+
+
+def _decode_format(data: bytes) -> Format:
+    try:
+        fields: Any = msgspec.json.decode(data)
+        if not isinstance(fields, dict) or fields.get("name") != FORMAT_NAME:
+            raise Incompatible("this directory belongs to another program. Choose another one; nothing was changed")
+        found = msgspec.convert(fields, Format)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Corrupt(f"cannot be read ({error}). If the run is new and empty, remove this file and retry") from error
+    if found.major != FORMAT_MAJOR:
+        raise Incompatible(
+            f"written in format {found.major}.{found.minor}; this version of holdfast reads {FORMAT_MAJOR}.x. "
+            "Nothing was changed; use the version that wrote it, or a newer one"
+        )
+    if not is_name(found.nonce):
+        raise Corrupt(f"its nonce {found.nonce!r:.100} is not a name of [a-z0-9._-]")
+    return found
+
+
+def _missing_format(store: Store, create: bool) -> Format:
+    if RunLog(store)._end() > 0:
+        raise Corrupt(f"{store.url}: {FORMAT_PATH} is missing although there is a log. Copy the whole directory again")
+    if not create:
+        raise NotFound(f"no checkpoint at {store.url}: it holds no {FORMAT_PATH}. Is the path right?")
+    proposed = Format(name=FORMAT_NAME, major=FORMAT_MAJOR, minor=FORMAT_MINOR, nonce=secrets.token_hex(8))
+    try:
+        store.create(FORMAT_PATH, msgspec.json.encode(proposed) + b"\n")
+    except AlreadyExists:
+        store.sync_directory("")
+    found = _read_format(store)
+    if found is None:
+        raise StorageError(f"{store.url}: {FORMAT_PATH} was created and is not there")
+    return found

@@ -1,0 +1,198 @@
+"""One save, on all ranks together: layout, plan, data files, parts, commit.
+
+The layout and its plan are computed when the layout changes and used again until then; data never is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from ckpt.adapt import Collected, Local, bytes_view, collect_state
+from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together, together
+from ckpt.errors import Incompatible
+from ckpt.holder import Holder
+from ckpt.layout import OWNERSHIP, Layout, World, cover_faults
+from ckpt.log import Commit
+from ckpt.manifest import (
+    Chunk,
+    Manifest,
+    Part,
+    PartRef,
+    data_name,
+    decode_layout,
+    digest,
+    encode_layout,
+    encode_part,
+    part_name,
+)
+from ckpt.plan import SavePlan, plan_save
+from ckpt.ranks import Ranks
+from ckpt.run import RunDirectory
+from ckpt.sharding import OnMesh, Sharding
+from ckpt.transfer import write_data
+
+log = logging.getLogger("ckpt")
+
+
+class _Written(msgspec.Struct, array_like=True):
+    """What rank 0 must know of each rank's part."""
+
+    ref: PartRef
+    content_digest: bytes
+
+
+class Saver:
+    """Saves states of one run. All methods are collective."""
+
+    def __init__(self, ranks: Ranks, run: RunDirectory, holder: Holder | None) -> None:
+        self._ranks, self._run, self._holder = ranks, run, holder
+        self._layout_bytes = b""
+        self._world: World | None = None
+        self._plan: SavePlan | None = None
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> Commit:
+        """Write `state` as `step` and commit it.
+
+        Raises on every rank if it fails on any; then nothing was committed and every older step is as it was.
+        """
+        began = time.monotonic()
+        collected, layout, layout_bytes, failure = self._collect(state)
+        changed = layout_bytes != self._layout_bytes
+        said = Signal(step, failed=failure is not None, layout_changed=changed)
+        heard = Signal.decode(self._ranks.maximum(said.encode()), step)
+        if heard.failed:
+            raise_together(self._ranks, failure)
+        assert collected is not None
+        assert layout is not None
+        if heard.layout_changed:
+            self._exchange(layout, layout_bytes, collected)
+        world, plan = self._world, self._plan
+        assert world is not None
+        assert plan is not None
+        self._check_values(world, collected)
+        attempt = on_first(self._ranks, lambda: self._first().new_attempt(step).encode()).decode()
+        written = together(self._ranks, lambda: self._write(attempt, plan, collected))
+        everyone = self._ranks.gather(msgspec.msgpack.encode(written))
+        record = on_first(
+            self._ranks, lambda: msgspec.msgpack.encode(self._commit(step, attempt, world, everyone, metrics))
+        )
+        commit = msgspec.msgpack.decode(record, type=Commit)
+        if self._ranks.rank == 0:
+            took = time.monotonic() - began
+            log.info("saved step %d: %d bytes in %.2f s, generation %d", step, commit.nbytes, took, commit.generation)
+        return commit
+
+    def _collect(self, state: Any) -> tuple[Collected | None, Layout | None, bytes, Exception | None]:
+        try:
+            collected = collect_state(state, self._ranks.rank, self._ranks.size)
+            layout = collected.layout()
+            return collected, layout, encode_layout(layout), None
+        except Exception as error:
+            return None, None, b"", error
+
+    def _first(self) -> Holder:
+        assert self._holder is not None
+        return self._holder
+
+    def _exchange(self, layout: Layout, layout_bytes: bytes, collected: Collected) -> None:
+        """Learn every rank's layout, each distinct one once; prove that together they hold everything once."""
+        self._layout_bytes = b""
+        digests = self._ranks.gather(digest(layout_bytes))
+        first = {found: rank for rank, found in reversed(list(enumerate(digests)))}
+        order = sorted(first, key=lambda found: first[found])
+        layouts = tuple(decode_layout(self._ranks.share(layout_bytes, first[found])) for found in order)
+        world = World(layouts, tuple(order.index(found) for found in digests))
+        if faults := cover_faults(world):
+            raise Incompatible(
+                "the ranks' tensors do not fit together:\n  " + "\n  ".join(faults[:20]) + "\nRanks that hold other "
+                "tensors (pipeline stages) need other keys; local shards are declared with ckpt.Shard(tensor, "
+                "global_shape, offset); what differs on purpose goes into ckpt.PerRank(obj)."
+            )
+        self._check_replicas(world, collected)
+        self._plan = plan_save(world, self._ranks.rank)
+        self._world, self._layout_bytes = world, layout_bytes
+
+    def _check_replicas(self, world: World, collected: Collected) -> None:
+        """Plain tensors that several ranks hold must be byte-equal; of differing buffers the lowest rank's counts."""
+        plain: list[tuple[str, Sharding]] = sorted(
+            (
+                (key, sharding)
+                for key, instances in world.instances.items()
+                for sharding, layouts in instances.items()
+                if not isinstance(sharding, OnMesh) and len(world.ranks_holding(layouts)) > 1
+            ),
+            key=lambda question: (question[0], repr(question[1])),
+        )
+        digests = [self._local_digest(collected.locals.get(key), sharding) for key, sharding in plain]
+        different = [plain[i][0] for i in disagreements(self._ranks, digests)]
+        buffers = sorted(world.buffers.intersection(different))
+        if rest := sorted(set(different) - world.buffers):
+            raise Incompatible(
+                "ranks hold different values under the same key: " + ", ".join(rest[:20]) + ". If they are replicas, "
+                "they have drifted apart. Pipeline stages need keys of their own, local shards ckpt.Shard(tensor, "
+                "global_shape, offset), and what differs on purpose ckpt.PerRank(obj)."
+            )
+        if buffers and self._ranks.rank == 0:
+            log.warning("buffers differ among ranks; the lowest rank's are stored: %s", ", ".join(buffers))
+
+    @staticmethod
+    def _local_digest(local: Local | None, sharding: Sharding) -> bytes | None:
+        if local is None or local.sharding != sharding:
+            return None
+        tensor = local.make().cpu().contiguous()
+        return digest8(bytes_view(tensor))
+
+    def _check_values(self, world: World, collected: Collected) -> None:
+        names = sorted(world.value_owner)
+        digests = [digest8(collected.values[n]) if n in collected.values else None for n in names]
+        if different := [names[i] for i in disagreements(self._ranks, digests)]:
+            raise Incompatible(
+                "these values differ from rank to rank: " + ", ".join(different[:20]) + ". Make them equal, or wrap "
+                'them: ckpt.PerRank(value, on_resize="first").'
+            )
+
+    def _write(self, attempt: str, plan: SavePlan, collected: Collected) -> _Written:
+        rank, store = self._ranks.rank, self._run.store
+        directory = self._run.attempt_path(attempt)
+        path = store.local_path(f"{directory}/{data_name(rank)}")
+        assert path is not None
+        tensors = {chunk.owned.key: collected.locals[chunk.owned.key].make() for chunk in plan.chunks}
+        digests = write_data(path, plan, [tensors[chunk.owned.key] for chunk in plan.chunks])
+        chunks = tuple(
+            Chunk(c.owned.key, c.owned.box.offset, c.owned.box.shape, c.spec.dtype, "", c.at, c.nbytes, "raw", found)
+            for c, found in zip(plan.chunks, digests, strict=True)
+        )
+        values = {name: collected.values[name] for name in plan.values}
+        part = Part(rank, attempt, plan.data_bytes, chunks, values, dict(sorted(collected.rank_values.items())))
+        data = encode_part(part)
+        store.put(f"{directory}/{part_name(rank)}", data)
+        store.sync_directory(directory)
+        return _Written(PartRef(len(data), digest(data), plan.data_bytes), part.content_digest())
+
+    def _commit(
+        self, step: int, attempt: str, world: World, everyone: list[bytes], metrics: Mapping[str, float]
+    ) -> Commit:
+        holder = self._first()
+        parts = [msgspec.msgpack.decode(data, type=_Written) for data in everyone]
+        assert holder.start is not None
+        head = holder.view.head
+        content = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
+        content += b"".join(part.content_digest for part in parts)
+        return holder.commit(
+            Manifest(
+                step=step,
+                generation=holder.start.generation,
+                attempt=attempt,
+                parent=head.attempt if head else None,
+                world=world,
+                ownership=OWNERSHIP,
+                parts=tuple(part.ref for part in parts),
+                content_digest=digest(content),
+                metrics={name: float(value) for name, value in metrics.items()},
+            )
+        )

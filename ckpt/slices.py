@@ -1,0 +1,157 @@
+"""Geometry of half-open boxes of a tensor's elements: intersect, cover, and flat ranges of bytes.
+
+Owns `Slice`. Knows nothing of ranks, files or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Slice:
+    """A box of elements: starts at `offset`, spans `shape`, half-open in every dimension."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offset) != len(self.shape):
+            raise ValueError(f"offset {self.offset} and shape {self.shape} differ in rank")
+        if any(o < 0 for o in self.offset) or any(n < 0 for n in self.shape):
+            raise ValueError(f"negative offset or size in {self.offset} + {self.shape}")
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def stop(self, dim: int) -> int:
+        return self.offset[dim] + self.shape[dim]
+
+    def intersect(self, other: Slice) -> Slice | None:
+        """The common box, or None where no element is common."""
+        low = tuple(map(max, self.offset, other.offset))
+        high = (min(self.stop(d), other.stop(d)) for d in range(len(low)))
+        shape = tuple(h - o for h, o in zip(high, low, strict=True))
+        return Slice(low, shape) if all(n > 0 for n in shape) else None
+
+    def within(self, other: Slice) -> bool:
+        return all(other.offset[d] <= self.offset[d] and self.stop(d) <= other.stop(d) for d in range(len(self.offset)))
+
+    def relative_to(self, origin: Sequence[int]) -> Slice:
+        return Slice(tuple(o - p for o, p in zip(self.offset, origin, strict=True)), self.shape)
+
+    def moved_by(self, by: Sequence[int]) -> Slice:
+        return Slice(tuple(o + p for o, p in zip(self.offset, by, strict=True)), self.shape)
+
+
+def whole(shape: Sequence[int]) -> Slice:
+    """The box that covers a tensor of `shape`."""
+    return Slice((0,) * len(shape), tuple(shape))
+
+
+def cover_fault(box: Slice, parts: Iterable[Slice]) -> str | None:
+    """Why `parts` do not tile `box` exactly once (gap, overlap or stray element), or None if they do.
+
+    Empty parts are ignored. Exact for any arrangement of boxes, not only grids: the box is cut at the
+    borders of the parts along one dimension, and each slab is checked along the next.
+    """
+    live = [part for part in parts if part.numel]
+    for part in live:
+        if len(part.shape) != len(box.shape):
+            return f"{part} has another number of dimensions than {box}"
+        if not part.within(box):
+            return f"{part} reaches outside {box}"
+    return _slab_fault(box, live, 0) if box.numel else None
+
+
+def _slab_fault(box: Slice, parts: list[Slice], dim: int) -> str | None:
+    if dim == len(box.shape):
+        return None if len(parts) == 1 else f"{'overlap' if parts else 'gap'} in {box}"
+    if len(parts) == 1 and parts[0] == box:
+        return None
+    spans: dict[tuple[int, int], list[Slice]] = {}
+    for part in parts:
+        spans.setdefault((part.offset[dim], part.stop(dim)), []).append(part)
+    if not _disjoint(sorted(spans)):
+        spans = _cut(parts, dim)
+    at = box.offset[dim]
+    for (start, stop), group in sorted(spans.items()):
+        if start != at:
+            return f"gap in {_slab(box, dim, at, start)}"
+        if fault := _slab_fault(_slab(box, dim, start, stop), group, dim + 1):
+            return fault
+        at = stop
+    return None if at == box.stop(dim) else f"gap in {_slab(box, dim, at, box.stop(dim))}"
+
+
+def _disjoint(spans: list[tuple[int, int]]) -> bool:
+    return all(left[1] <= right[0] for left, right in pairwise(spans))
+
+
+def _cut(parts: list[Slice], dim: int) -> dict[tuple[int, int], list[Slice]]:
+    borders = sorted({p.offset[dim] for p in parts} | {p.stop(dim) for p in parts})
+    pairs = list(pairwise(borders))
+    cut = {pair: [p for p in parts if p.offset[dim] <= pair[0] and pair[1] <= p.stop(dim)] for pair in pairs}
+    return {pair: group for pair, group in cut.items() if group}
+
+
+def _slab(box: Slice, dim: int, start: int, stop: int) -> Slice:
+    offset = (*box.offset[:dim], start, *box.offset[dim + 1 :])
+    return Slice(offset, (*box.shape[:dim], stop - start, *box.shape[dim + 1 :]))
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Slice]:
+    """The boxes, in row-major order, that make up elements [start, stop) of a tensor of `shape`.
+
+    At most 2 * rank - 1 boxes. [1, 9) of (3, 4) is row 0 from column 1, row 1, and column 0 of row 2.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield Slice((), ())
+        return
+    row = prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if first == last or len(shape) == 1:
+        if len(shape) == 1:
+            yield Slice((start,), (stop - start,))
+        else:
+            yield from _within_row(shape, first, start - first * row, stop - first * row)
+        return
+    whole_first, whole_last = first, last + 1
+    if start > first * row:
+        yield from _within_row(shape, first, start - first * row, row)
+        whole_first += 1
+    if stop < (last + 1) * row:
+        whole_last -= 1
+    if whole_first < whole_last:
+        yield Slice((whole_first, *(0 for _ in shape[1:])), (whole_last - whole_first, *shape[1:]))
+    if stop < (last + 1) * row:
+        yield from _within_row(shape, last, 0, stop - last * row)
+
+
+def _within_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Slice]:
+    if (start, stop) == (0, prod(shape[1:])):
+        yield Slice((row, *(0 for _ in shape[1:])), (1, *shape[1:]))
+        return
+    for box in flat_boxes(shape[1:], start, stop):
+        yield Slice((row, *box.offset), (1, *box.shape))
+
+
+def flat_span(shape: Sequence[int], box: Slice) -> tuple[int, int]:
+    """First and one-past-last flat element of `box` in a row-major tensor of `shape`; box is not empty."""
+    first = last = 0
+    for size, offset, length in zip(shape, box.offset, box.shape, strict=True):
+        first = first * size + offset
+        last = last * size + offset + length - 1
+    return first, last + 1
+
+
+def is_flat(shape: Sequence[int], box: Slice) -> bool:
+    """Whether `box` is one contiguous run of elements in a row-major tensor of `shape`."""
+    start, stop = flat_span(shape, box)
+    return stop - start == box.numel

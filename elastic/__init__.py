@@ -1,0 +1,1 @@
+"""Elastic membership for training runs. Empty until the rendezvous lands."""

@@ -1,0 +1,101 @@
+"""Imports flow one way. The order below is the architecture; a module imports only what stands above it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+ORDER = [
+    "ckpt.errors",
+    "ckpt.slices",
+    "ckpt.sharding",
+    "ckpt.layout",
+    "ckpt.codec",
+    "ckpt.manifest",
+    "ckpt.log",
+    "ckpt.plan",
+    "ckpt.store",
+    "ckpt.stores",
+    "ckpt.stores.posix",
+    "ckpt.run",
+    "ckpt.holder",
+    "ckpt.adapt.values",
+    "ckpt.adapt.wrappers",
+    "ckpt.adapt.tensors",
+    "ckpt.adapt.modules",
+    "ckpt.adapt.state",
+    "ckpt.adapt.optimizers",
+    "ckpt.adapt.members",
+    "ckpt.adapt",
+    "ckpt.transfer",
+    "ckpt.ranks",
+    "ckpt.agreement",
+    "ckpt.saver",
+    "ckpt.restorer",
+    "ckpt.load",
+    "ckpt.checkpointer",
+    "ckpt",
+    "ckpt.check",
+    "ckpt.cli",
+    "elastic",
+]
+PURE = [
+    "ckpt.errors",
+    "ckpt.slices",
+    "ckpt.sharding",
+    "ckpt.layout",
+    "ckpt.codec",
+    "ckpt.manifest",
+    "ckpt.log",
+    "ckpt.plan",
+]
+IMPURE = {"torch", "os", "time", "threading", "logging", "random", "socket", "secrets"}
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for package in ("ckpt", "elastic"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
+    assert name in ORDER, f"give {name} its place in ORDER"
+    allowed = set(ORDER[: ORDER.index(name)])
+    ours = {i for i in _imports(_modules()[name]) if i in ORDER}
+    parents = {
+        parent for i in ours for parent in [i.rpartition(".")[0]] if parent in {"ckpt.adapt", "ckpt.stores", "ckpt"}
+    }
+    assert ours - allowed - parents == set()
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_core_decides_without_torch_clock_or_files(name: str) -> None:
+    tops = {i.split(".")[0] for i in _imports(_modules()[name])}
+    assert tops & IMPURE == set()
+
+
+def test_ckpt_never_imports_elastic() -> None:
+    assert not [
+        n
+        for n, path in _modules().items()
+        if n.startswith("ckpt") and any(i.split(".")[0] == "elastic" for i in _imports(path))
+    ]

@@ -74,7 +74,8 @@ def decode(data: bytes, extend: ExtendDecode | None = None) -> object:
     """The value whose bytes are `data`, in fresh objects.
 
     `extend` gets (tag, payload) of every extension. Raises Corrupt if `data` is not exactly one value of this form, or
-    holds an extension and there is no `extend`; errors of `extend` that are ours pass through. Runs no code named by `data`; memory is linear in its length.
+    holds an extension and there is no `extend`. Runs no code named by
+    `data`; memory is linear in its length. A CkptError that `extend` raises passes through.
     """
     try:
         return _Reader(extend).value(_parse(data), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def load(url: str | os.PathLike[str], *, step: int | None = None, keys: Sequence
                 if key.startswith(name + "/")
             }
             loaded[name] = decode_value(
-                reader.part(owner).values[name], {ref: (lambda t=t: t) for ref, t in refs.items()}
+                reader.part(owner).values[name], {ref: partial(torch.Tensor.detach, t) for ref, t in refs.items()}
             )
     if chosen is not None and not loaded:
         raise NotFound(f"step {reader.commit.step} of {run.url} holds none of {list(chosen)}; `ckpt show` lists keys")

@@ -29,6 +29,7 @@ ORDER = [
     "ckpt.adapt.modules",
     "ckpt.adapt.state",
     "ckpt.adapt.optimizers",
+    "ckpt.adapt.fsdp1",
     "ckpt.adapt.members",
     "ckpt.adapt",
     "ckpt.transfer",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckpt.adapt.modules import Names
+from ckpt.adapt.fsdp1 import Fsdp1Module, Fsdp1Optimizer
+from ckpt.adapt.modules import Names, is_fsdp1
 from ckpt.adapt.optimizers import OptimizerMember, ParameterNames
 from ckpt.adapt.state import (
     Bound,
@@ -66,8 +67,9 @@ def _members(state: State, rank: int, world: int) -> list[Member]:
         raise Incompatible(f'a state is a dict or a list, not {type(state).__name__}: {{"model": model, ...}}')
     found = list(_walk(state, (), rank, world))
     names = _parameter_names(found)
+    fsdp1 = [(path, obj) for path, obj in found if isinstance(obj, nn.Module) and is_fsdp1(obj)]
     members = [
-        _optimizer(obj, path, names) if isinstance(obj, Optimizer) else _member(obj, path) for path, obj in found
+        _optimizer(obj, path, names, fsdp1) if isinstance(obj, Optimizer) else _member(obj, path) for path, obj in found
     ]
     return sorted(members, key=lambda member: member.path)
 
@@ -126,7 +128,7 @@ def _member(item: Any, path: Path) -> Member:
     if isinstance(item, torch.Tensor | Shard):
         return TensorMember(path, item)
     if isinstance(item, nn.Module):
-        return ModuleMember(path, item)
+        return Fsdp1Module(path, item) if is_fsdp1(item) else ModuleMember(path, item)
     if isinstance(item, Rng):
         return RankMember(path, item.state_dict, item.load_state_dict, "reseed", last=True)
     if isinstance(item, PerRank):
@@ -148,9 +150,13 @@ def _per_rank(item: PerRank, path: Path) -> Member:
     return RankMember(path, lambda: item.obj, put, item.on_resize)
 
 
-def _optimizer(optimizer: Optimizer, path: Path, names: ParameterNames) -> Member:
+def _optimizer(optimizer: Optimizer, path: Path, names: ParameterNames, fsdp1: list[tuple[Path, nn.Module]]) -> Member:
     if type(optimizer).state_dict is not Optimizer.state_dict:
         return StatefulMember(path, optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for module_path, module in fsdp1:
+        if held & {id(parameter) for parameter in module.parameters()}:
+            return Fsdp1Optimizer(path, optimizer, module_path, module)
     return OptimizerMember(path, optimizer, names)
 
 

@@ -55,7 +55,7 @@ class OptimizerMember:
 
     def collect(self, out: Collected) -> None:
         for g, group in enumerate(self.optimizer.param_groups):
-            out.add_value((*self.path, "groups", str(g)), _hyperparameters(group))
+            out.add_value((*self.path, "groups", str(g)), hyperparameters(group))
         for parameter, g, i in self._parameters():
             name = self.names.all_of(parameter, g, i)[0]
             out.add_value((*self.path, "group_of", *name), g)
@@ -84,21 +84,12 @@ class OptimizerMember:
                 )
 
     def bind(self, saved: Saved, out: Bound) -> None:
-        indices: dict[int, dict[str, Any]] = {}  # group of the target -> stored group index by parameter
+        stored: list[list[Path]] = [[] for _ in self.optimizer.param_groups]
         for parameter, g, i in self._parameters():
-            stored = self._stored_name(saved, self.names.all_of(parameter, g, i))
-            key = key_of((*self.path, "group_of", *stored))
-            if key not in saved.values:
-                out.missing.append(key)
-                continue
-            out.wanted.append(Wanted(key, partial(indices.setdefault(g, {}).__setitem__, key_of(stored))))
-            self._bind_state(saved, out, parameter, self.optimizer.param_groups[g], stored)
-        groups: dict[int, Any] = {}
-        for key in sorted(saved.values):
-            start = key_of((*self.path, "groups")) + "/"
-            if key.startswith(start):
-                out.wanted.append(Wanted(key, partial(groups.__setitem__, int(key[len(start) :]))))
-        out.finish.append(lambda: self._set_groups(groups, indices))
+            name = self._stored_name(saved, self.names.all_of(parameter, g, i))
+            stored[g].append(name)
+            self._bind_state(saved, out, parameter, self.optimizer.param_groups[g], name)
+        bind_groups(self.path, self.optimizer.param_groups, stored, saved, out)
 
     def _stored_name(self, saved: Saved, names: tuple[Path, ...]) -> Path:
         """The first name that the checkpoint knows; for a parameter tied there, the name of the tie."""
@@ -127,7 +118,7 @@ class OptimizerMember:
             if fits and live is not None:
                 fresh[entry] = partial(_itself, live)
             else:
-                fresh[entry] = out.allocate(saved, key, like, _state_device(entry, parameter, group))
+                fresh[entry] = out.allocate(saved, key, like, state_device(entry, parameter, group))
         for key in values:
             refs = {
                 ref[len(key) + 1 :]: out.allocate(saved, ref, self.names.like(parameter), parameter.device)
@@ -163,24 +154,49 @@ class OptimizerMember:
         names = {component(str(name)): name for name in self.optimizer.state.get(parameter, {})}
         self.optimizer.state[parameter] = {names.get(name, unquote(name)): get() for name, get in fresh.items()}
 
-    def _set_groups(self, groups: dict[int, Any], indices: dict[int, dict[str, Any]]) -> None:
-        for g, group in enumerate(self.optimizer.param_groups):
-            chosen = set(indices.get(g, {}).values()) or ({g} if g in groups else set())
-            different = {repr(sorted(groups[index].items(), key=str)) for index in chosen}
-            if len(different) > 1:
-                raise Incompatible(
-                    f"{key_of(self.path)}: group {g} holds parameters that were in groups {sorted(chosen)} "
-                    "of other hyperparameters when they were saved. Build the groups as they were."
-                )
-            if chosen:
-                _set_hyperparameters(group, groups[min(chosen)])
+
+def bind_groups(
+    path: Path, groups: list[dict[str, Any]], parameters: list[list[Path]], saved: Saved, out: Bound
+) -> None:
+    """Restore the hyperparameters of `groups`; `parameters[g]` are the stored names of those in group g."""
+    indices: list[dict[str, Any]] = [{} for _ in groups]  # for each group, the stored group index by parameter
+    for found, names in zip(indices, parameters, strict=True):
+        for name in names:
+            key = key_of((*path, "group_of", *name))
+            if key in saved.values:
+                out.wanted.append(Wanted(key, partial(found.__setitem__, key)))
+            else:
+                out.missing.append(key)
+    stored: dict[int, Any] = {}
+    start = key_of((*path, "groups")) + "/"
+    for key in sorted(saved.values):
+        if key.startswith(start):
+            out.wanted.append(Wanted(key, partial(stored.__setitem__, int(key[len(start) :]))))
+
+    def finish() -> None:
+        for g, group in enumerate(groups):
+            _set_group(key_of(path), g, group, set(indices[g].values()), stored)
+
+    out.finish.append(finish)
+
+
+def _set_group(where: str, g: int, group: dict[str, Any], chosen: set[int], stored: dict[int, Any]) -> None:
+    if not chosen and g in stored:
+        chosen = {g}  # a group without parameters
+    if len({repr(sorted(stored[index].items(), key=str)) for index in chosen}) > 1:
+        raise Incompatible(
+            f"{where}: group {g} holds parameters that were in groups {sorted(chosen)} of other hyperparameters when "
+            "they were saved. Build the groups as they were."
+        )
+    if chosen:
+        set_hyperparameters(group, stored[min(chosen)])
 
 
 def _itself(value: Any) -> Any:
     return value
 
 
-def _state_device(entry: str, parameter: torch.Tensor, group: dict[str, Any]) -> torch.device:
+def state_device(entry: str, parameter: torch.Tensor, group: dict[str, Any]) -> torch.device:
     """Where torch keeps it: `step` on the CPU unless capturable or fused, the rest beside its parameter."""
     on_host = entry == "step" and not (group.get("capturable") or group.get("fused"))
     return torch.device("cpu") if on_host else parameter.device
@@ -189,13 +205,13 @@ def _state_device(entry: str, parameter: torch.Tensor, group: dict[str, Any]) ->
 _OF_THIS_MACHINE = ("foreach", "fused", "capturable", "differentiable")
 
 
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
-def _set_hyperparameters(group: dict[str, Any], saved: dict[str, Any]) -> None:
+def set_hyperparameters(group: dict[str, Any], saved: dict[str, Any]) -> None:
     """As saved, but for the choice of kernels, which belongs to the machine that runs now."""
-    for name in set(_hyperparameters(group)) - set(saved) - set(_OF_THIS_MACHINE):
+    for name in set(hyperparameters(group)) - set(saved) - set(_OF_THIS_MACHINE):
         del group[name]
     for name, value in saved.items():
         if name in _OF_THIS_MACHINE and name in group:

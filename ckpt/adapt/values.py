@@ -141,7 +141,7 @@ def _read_tensor(payload: object) -> torch.Tensor:
     data = _exact_bytes(body, shape, dtype.itemsize)
     if not data:
         return torch.empty(shape, dtype=dtype)
-    # frombuffer borrows the bytearray; the clone owns aligned memory, which view() needs
+    # frombuffer borrows the bytearray; the clone is an ordinary tensor: aligned, and it can be resized
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).clone().view(dtype).reshape(shape)
 
 

@@ -6,7 +6,7 @@ Slices of a key, because a strided shard is not one box. Knows nothing of torch,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -61,12 +61,21 @@ class Mesh:
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if min(self.shape, default=1) < 1:
+            raise ValueError(f"a mesh of shape {self.shape} has no rank")
         if prod(self.shape) != len(self.ranks) or len(set(self.ranks)) != len(self.ranks):
             raise ValueError(f"a mesh of shape {self.shape} needs as many distinct ranks, got {len(self.ranks)}")
         object.__setattr__(self, "_hash", hash((self.shape, self.ranks)))
 
     def __hash__(self) -> int:  # computed once: a mesh of 100,000 ranks is looked up for every tensor
         return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Mesh):
+            return NotImplemented
+        return self._hash == other._hash and (self.shape, self.ranks) == (other.shape, other.ranks)
 
     def coordinate(self, rank: int) -> tuple[int, ...]:
         """Where `rank` stands in the grid. ValueError if it does not."""
@@ -86,7 +95,7 @@ class Mesh:
         return self.ranks[at]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _positions(mesh: Mesh) -> dict[int, int]:
     return {rank: at for at, rank in enumerate(mesh.ranks)}
 
@@ -194,6 +203,20 @@ def all_holders(sharding: OnMesh, shape: tuple[int, ...]) -> Iterator[Held]:
     return holders(sharding, shape, whole(shape))
 
 
+def grid_of(sharding: Whole | OnMesh, dims: int) -> tuple[tuple[tuple[Split, int], ...], ...]:
+    """How each of `dims` tensor dimensions is split, as (placement, mesh size) from left to right.
+
+    Shardings with equal grids cut a tensor into the same pieces. The pieces of one grid tile the tensor exactly
+    once, whatever its shape: each split cuts what the one before it left, and no two dimensions share a split.
+    """
+    splits: list[list[tuple[Split, int]]] = [[] for _ in range(dims)]
+    if isinstance(sharding, OnMesh):
+        for placement, size in zip(sharding.placements, sharding.mesh.shape, strict=True):
+            if isinstance(placement, Split) and size > 1:
+                splits[placement.dim].append((placement, size))
+    return tuple(map(tuple, splits))
+
+
 # Intervals: a dimension's local index space is a list of global runs (start, stop).
 
 Runs = tuple[tuple[int, int], ...]
@@ -218,7 +241,7 @@ def _select(runs: Runs, start: int, stop: int) -> Runs:
 def _split_runs(runs: Runs, placement: Split, chunks: int, index: int) -> Runs:
     length = sum(high - low for low, high in runs)
     found: list[tuple[int, int]] = []
-    for run in range(placement.split_factor):
+    for run in range(min(placement.split_factor, length)):
         low, high = _chunk(length, placement.split_factor, run)
         start, stop = _chunk(high - low, chunks, index)
         found.extend(_select(runs, low + start, low + stop))
@@ -291,21 +314,25 @@ def _meeting(
             return
         placement, chunks = placements[left[0]], sizes[left[0]]
         assert isinstance(placement, Split)
-        for index in _candidates(runs, placement, chunks, start, stop):
-            narrowed = _split_runs(runs, placement, chunks, index)
-            if any(low < stop and start < high for low, high in narrowed):
-                yield from descend(narrowed, left[1:], (*chosen, index))
+        for index in _indices_meeting(runs, placement, chunks, start, stop):
+            yield from descend(_split_runs(runs, placement, chunks, index), left[1:], (*chosen, index))
 
     if start < stop and length:
         yield from descend(((0, length),), dims, ())
 
 
-def _candidates(runs: Runs, placement: Split, chunks: int, start: int, stop: int) -> range:
-    """Indices that can meet [start, stop): exact arithmetic where the space is one plain run, else all."""
-    if placement.split_factor > 1 or len(runs) != 1:
-        return range(chunks)
-    low, high = runs[0]
-    size = -(-(high - low) // chunks)
-    first = max(start - low, 0) // size
-    last = (min(stop, high) - low - 1) // size
-    return range(first, min(last, chunks - 1) + 1)
+def _indices_meeting(runs: Runs, placement: Split, chunks: int, start: int, stop: int) -> Iterable[int]:
+    """Coordinates whose share of the space that `runs` make up meets [start, stop), ascending; by arithmetic."""
+    length = sum(high - low for low, high in runs)
+    cut = -(-length // placement.split_factor)
+    found: set[int] = set()
+    at = 0
+    for low, high in runs:
+        first, last = at + max(start, low) - low, at + min(stop, high) - low  # in local indices
+        at += high - low
+        for begin in range(first // cut * cut, last, cut) if first < last else ():
+            size = -(-(min(begin + cut, length) - begin) // chunks)
+            found.update(range((max(first, begin) - begin) // size, (min(last, begin + cut) - 1 - begin) // size + 1))
+        if len(found) == chunks:
+            break
+    return sorted(found)

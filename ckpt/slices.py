@@ -21,7 +21,7 @@ class Slice:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.shape):
             raise ValueError(f"offset {self.offset} and shape {self.shape} differ in rank")
-        if any(o < 0 for o in self.offset) or any(n < 0 for n in self.shape):
+        if min(self.offset, default=0) < 0 or min(self.shape, default=0) < 0:
             raise ValueError(f"negative offset or size in {self.offset} + {self.shape}")
 
     @property
@@ -32,11 +32,16 @@ class Slice:
         return self.offset[dim] + self.shape[dim]
 
     def intersect(self, other: Slice) -> Slice | None:
-        """The common box, or None where no element is common."""
-        low = tuple(map(max, self.offset, other.offset))
-        high = (min(self.stop(d), other.stop(d)) for d in range(len(low)))
-        shape = tuple(h - o for h, o in zip(high, low, strict=True))
-        return Slice(low, shape) if all(n > 0 for n in shape) else None
+        """The common box, or None where no element is common. ValueError if the boxes differ in rank."""
+        low: list[int] = []
+        shape: list[int] = []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            start, stop = max(a, b), min(a + n, b + m)
+            if start >= stop:
+                return None
+            low.append(start)
+            shape.append(stop - start)
+        return Slice(tuple(low), tuple(shape))
 
     def within(self, other: Slice) -> bool:
         return all(other.offset[d] <= self.offset[d] and self.stop(d) <= other.stop(d) for d in range(len(self.offset)))
@@ -73,13 +78,8 @@ def _slab_fault(box: Slice, parts: list[Slice], dim: int) -> str | None:
         return None if len(parts) == 1 else f"{'overlap' if parts else 'gap'} in {box}"
     if len(parts) == 1 and parts[0] == box:
         return None
-    spans: dict[tuple[int, int], list[Slice]] = {}
-    for part in parts:
-        spans.setdefault((part.offset[dim], part.stop(dim)), []).append(part)
-    if not _disjoint(sorted(spans)):
-        spans = _cut(parts, dim)
     at = box.offset[dim]
-    for (start, stop), group in sorted(spans.items()):
+    for start, stop, group in _slabs(parts, dim):
         if start != at:
             return f"gap in {_slab(box, dim, at, start)}"
         if fault := _slab_fault(_slab(box, dim, start, stop), group, dim + 1):
@@ -88,15 +88,28 @@ def _slab_fault(box: Slice, parts: list[Slice], dim: int) -> str | None:
     return None if at == box.stop(dim) else f"gap in {_slab(box, dim, at, box.stop(dim))}"
 
 
-def _disjoint(spans: list[tuple[int, int]]) -> bool:
-    return all(left[1] <= right[0] for left, right in pairwise(spans))
+def _slabs(parts: list[Slice], dim: int) -> Iterator[tuple[int, int, list[Slice]]]:
+    """Ranges of `dim` in ascending order, each with the parts that span it; ranges that none spans are left out.
 
-
-def _cut(parts: list[Slice], dim: int) -> dict[tuple[int, int], list[Slice]]:
-    borders = sorted({p.offset[dim] for p in parts} | {p.stop(dim) for p in parts})
-    pairs = list(pairwise(borders))
-    cut = {pair: [p for p in parts if p.offset[dim] <= pair[0] and pair[1] <= p.stop(dim)] for pair in pairs}
-    return {pair: group for pair, group in cut.items() if group}
+    Lazy, so that the first fault ends the work: hostile arrangements would make it quadratic.
+    """
+    spans: dict[tuple[int, int], list[Slice]] = {}
+    for part in parts:
+        spans.setdefault((part.offset[dim], part.stop(dim)), []).append(part)
+    ordered = sorted(spans)
+    if all(left[1] <= right[0] for left, right in pairwise(ordered)):
+        yield from ((start, stop, spans[start, stop]) for start, stop in ordered)
+        return
+    waiting = iter([*ordered, None])
+    following = next(waiting)
+    live: list[tuple[int, int]] = []
+    for start, stop in pairwise(sorted({edge for span in ordered for edge in span})):
+        live = [span for span in live if span[1] > start]
+        while following is not None and following[0] <= start:
+            live.append(following)
+            following = next(waiting)
+        if live:
+            yield start, stop, [part for span in live for part in spans[span]]
 
 
 def _slab(box: Slice, dim: int, start: int, stop: int) -> Slice:

@@ -11,7 +11,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import TypeVar
@@ -20,7 +20,7 @@ import torch
 
 from ckpt.adapt.tensors import bytes_view
 from ckpt.adapt.values import dtype_from_name
-from ckpt.errors import Corrupt, Incompatible, NotFound, StorageError
+from ckpt.errors import Corrupt, Incompatible, StorageError
 from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, digest
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Copy, Fetch, LoadPlan, PlannedChunk, Run, SavePlan, Segment, copy_boxes
 from ckpt.sharding import ITEMSIZE
@@ -69,9 +69,12 @@ def read_data(path_of: Callable[[int], str], plan: LoadPlan, tensors: Sequence[t
         _each(plan.fetches, lambda fetch, buffer: _read_fetch(files, fetch, buffer, tensors), READ_THREADS)
 
 
-def verify_chunks(path: str, segments: Iterable[Segment]) -> Iterable[tuple[Segment, str]]:
-    """Read `segments` of one file and yield those that are damaged, with the reason."""
-    buffer = _buffer(RUN_BYTES)
+def verify_chunks(path: str, segments: Iterable[Segment]) -> Iterator[tuple[Segment, str]]:
+    """Read `segments` (RUN_BYTES each at most) of one file and yield those that are damaged, with the reason.
+
+    What the disk cannot read (EIO) is damaged too; any other failure of the store is raised.
+    """
+    buffer = torch.empty(RUN_BYTES, dtype=torch.uint8)  # never pinned: a check leaves the GPU alone
     files = _Files(lambda _: path)
     try:
         for segment in segments:
@@ -79,7 +82,10 @@ def verify_chunks(path: str, segments: Iterable[Segment]) -> Iterable[tuple[Segm
                 view = bytes_view(buffer)[: segment.stop - segment.start]
                 files.read(0, segment.chunk.at + segment.start, view)
                 _verify(path, segment, view)
-            except (Corrupt, NotFound) as error:
+            except (Corrupt, StorageError) as error:
+                cause = error.__cause__
+                if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
+                    raise
                 yield segment, str(error)
     finally:
         files.close()

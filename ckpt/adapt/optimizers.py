@@ -106,7 +106,7 @@ class OptimizerMember:
         base = key_of((*self.path, "state", *stored))
         current = self.optimizer.state.get(parameter, {})
         fresh: dict[str, Callable[[], Any]] = {}
-        values = [key for key in saved.values if key.startswith(base + "/")]
+        values = saved.values_under(base)
         inside_values = tuple(key + "/" for key in values)
         for key in saved.under(base):
             entry = key[len(base) + 1 :]
@@ -168,10 +168,8 @@ def bind_groups(
             else:
                 out.missing.append(key)
     stored: dict[int, Any] = {}
-    start = key_of((*path, "groups")) + "/"
-    for key in sorted(saved.values):
-        if key.startswith(start):
-            out.wanted.append(Wanted(key, partial(stored.__setitem__, int(key[len(start) :]))))
+    for key in saved.values_under(key_of((*path, "groups"))):
+        out.wanted.append(Wanted(key, partial(stored.__setitem__, int(key.rpartition("/")[2]))))
 
     def finish() -> None:
         for g, group in enumerate(groups):

@@ -8,8 +8,10 @@ This package is the only place that knows torch's state dicts, optimizers and DT
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -143,8 +145,23 @@ class Saved:
 
     def under(self, prefix: str) -> list[str]:
         """Keys of tensors (ties included) below `prefix/`."""
-        start = prefix + "/"
-        return [key for key in (*self.specs, *self.aliases) if key.startswith(start)]
+        return _below(self._tensor_keys, prefix)
+
+    def values_under(self, prefix: str) -> list[str]:
+        """Names of shared values below `prefix/`."""
+        return _below(self._value_names, prefix)
+
+    @cached_property
+    def _tensor_keys(self) -> list[str]:
+        return sorted((*self.specs, *self.aliases))
+
+    @cached_property
+    def _value_names(self) -> list[str]:
+        return sorted(self.values)
+
+
+def _below(names: list[str], prefix: str) -> list[str]:
+    return names[bisect_left(names, prefix + "/") : bisect_left(names, prefix + "0")]  # "0" follows "/"
 
 
 @dataclass

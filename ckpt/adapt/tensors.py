@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,8 +91,16 @@ def _sharding(key: str, tensor: torch.Tensor | Shard, inner: torch.Tensor) -> Sh
     return sharding
 
 
+_meshes: dict[int, tuple[weakref.ref[Any], Mesh]] = {}  # torch works out a mesh's ranks anew at each look
+
+
 def _mesh(mesh: Any) -> Mesh:
-    return _interned_mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+    known = _meshes.get(id(mesh))
+    if known is None or known[0]() is not mesh:
+        ranks = mesh.mesh
+        known = weakref.ref(mesh), _interned_mesh(tuple(ranks.shape), tuple(ranks.flatten().tolist()))
+        _meshes[id(mesh)] = known
+    return known[1]
 
 
 @lru_cache(maxsize=64)

@@ -18,13 +18,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 
 import torch
 
 from ckpt.adapt import decode_value
 from ckpt.adapt.values import dtype_from_name
-from ckpt.errors import CkptError, Corrupt, Incompatible, StorageError
+from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
 from ckpt.layout import OWNERSHIP, World, owned_by
 from ckpt.log import Commit, Unknown, View, slot_name
 from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, digest, part_name
@@ -119,7 +120,7 @@ class _Check:
         try:
             reader = StepReader(self._run, self._commit)
         except CkptError as error:
-            yield Finding(self._file("MANIFEST"), _problem(error, self._run))
+            yield self._broken(self._file("MANIFEST"), error)
             return
         self._manifest, self._world = reader.manifest, reader.manifest.world
         self._values = Values(self._world)
@@ -134,6 +135,14 @@ class _Check:
 
     def _file(self, name: str) -> str:
         return self._run.attempt_path(self._commit.attempt, name)
+
+    def _broken(self, file: str, error: CkptError) -> Finding:
+        """The finding for a file that cannot be read as what it is; what is no damage is raised again."""
+        if not _is_damage(error):
+            raise error
+        if isinstance(error, NotFound):
+            return Finding(file, "is missing")
+        return Finding(file, str(error).replace(f"{self._run.url}/", "").removeprefix(f"{file}: "))
 
     def _local(self, name: str) -> str:
         path = self._run.store.local_path(self._file(name))
@@ -162,7 +171,7 @@ class _Check:
             part = self._read_part(rank, file)
         except CkptError as error:
             self._lost.append(file)
-            yield Finding(file, _problem(error, self._run))
+            yield self._broken(file, error)
         else:
             self._advance(ref.part_bytes)
             yield from (Finding(file, problem, key) for key, problem in self._part_faults(part))
@@ -203,9 +212,9 @@ class _Check:
             if expected != set(held):
                 yield None, f"values {_names(expected ^ set(held))} are missing here, or not expected"
         for name, data in part.values.items():
-            yield from _undecodable(name, lambda name=name, data=data: self._values.decode(name, data))  # type: ignore[misc]
+            yield from _undecodable(name, partial(self._values.decode, name, data))
         for name, data in part.rank_values.items():
-            yield from _undecodable(name, lambda data=data: decode_value(data, {}))  # type: ignore[misc]
+            yield from _undecodable(name, partial(decode_value, data, {}))
 
     def _cover_faults(self) -> Iterator[Finding]:
         """Tensors that the parts together do not hold exactly once; those that lost parts explain in one finding."""
@@ -254,14 +263,12 @@ class _Check:
             self._advance(segment.stop - segment.start)
 
 
-def _problem(error: CkptError, run: RunDirectory) -> str:
-    """What a damaged file's finding says; what is no damage is raised again."""
+def _is_damage(error: CkptError) -> bool:
+    """Whether an error met while reading says that the bytes are wrong, and not that the store or we cannot."""
     cause = error.__cause__
-    if isinstance(error, Incompatible):
-        raise error
-    if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno in _DAMAGE):
-        raise error
-    return "is missing" if isinstance(cause, FileNotFoundError) else str(error).replace(f"{run.url}/", "")
+    if isinstance(error, StorageError):
+        return isinstance(cause, OSError) and cause.errno in _DAMAGE
+    return not isinstance(error, Incompatible)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -6,12 +6,26 @@ Everything here is computed from values that every rank has, so plans are never 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal
 
-from ckpt.sharding import ITEMSIZE, Held, OnMesh, Piece, Sharding, TensorSpec, holders, pieces_of, replica_ranks
+from ckpt.sharding import (
+    ITEMSIZE,
+    Declared,
+    Held,
+    Mesh,
+    OnMesh,
+    Piece,
+    Sharding,
+    TensorSpec,
+    grid_of,
+    holders,
+    pieces_of,
+    replica_ranks,
+)
 from ckpt.slices import Slice, cover_fault, whole
 
 OWNERSHIP = "even-bytes/1"
@@ -121,15 +135,20 @@ class World:
                 seen.add(index)
                 yield rank, self.layouts[index]
 
+    def ranks_holding(self, layouts: tuple[int, ...]) -> tuple[int, ...]:
+        """Ranks that have one of these layouts, ascending."""
+        if layouts not in self._ranks_holding:
+            ranks = tuple(sorted(rank for index in layouts for rank in self.ranks_of[index]))
+            self._ranks_holding[layouts] = ranks
+        return self._ranks_holding[layouts]
+
     @cached_property
-    def _memo(self) -> dict[object, object]:
+    def _ranks_holding(self) -> dict[tuple[int, ...], tuple[int, ...]]:
         return {}
 
-    def ranks_holding(self, layouts: tuple[int, ...]) -> tuple[int, ...]:
-        memo = self._memo
-        if layouts not in memo:
-            memo[layouts] = tuple(sorted(rank for index in layouts for rank in self.ranks_of[index]))
-        return memo[layouts]  # type: ignore[return-value]
+    @cached_property
+    def _groups(self) -> dict[int, dict[tuple[int, ...], _Group]]:
+        return {}
 
 
 def held(world: World, key: str, box: Slice) -> list[Held]:
@@ -160,12 +179,16 @@ def cover_faults(world: World) -> list[str]:
     """Every way in which the ranks together do not hold each tensor exactly once; empty when they do.
 
     The proof is symbolic: each distinct combination of shardings and shape is checked once, whatever the
-    number of tensors or of saves.
+    number of tensors or of saves, and pieces are compared only where ranks declared them or grids differ.
     """
     faults: list[str] = []
+    misfits: dict[tuple[Mesh, tuple[int, ...]], str | None] = {}
     proved: dict[object, str | None] = {}
     for key, instances in world.instances.items():
         specs = {layout.by_key[key].spec for by in instances.values() for layout in (world.layouts[i] for i in by)}
+        if misfit := _mesh_misfit(world, instances, misfits):
+            faults.append(f"{key}: {misfit}")
+            continue
         if len(specs) > 1:
             faults.append(f"{key}: ranks hold it as {sorted(map(str, specs))}")
             continue
@@ -177,13 +200,35 @@ def cover_faults(world: World) -> list[str]:
     return faults
 
 
-def _key_fault(world: World, key: str) -> str | None:
-    box = whole(world.specs[key].shape)
-    for sharding, layouts in world.instances[key].items():
+def _mesh_misfit(
+    world: World,
+    instances: dict[Sharding, tuple[int, ...]],
+    known: dict[tuple[Mesh, tuple[int, ...]], str | None],
+) -> str | None:
+    """Where the ranks of a mesh are not just the ranks that hold the tensor on it."""
+    for sharding, layouts in instances.items():
         if isinstance(sharding, OnMesh):
-            missing = set(sharding.mesh.ranks) - set(world.ranks_holding(layouts))
-            if missing:
-                return f"its mesh names ranks {sorted(missing)[:8]}, which do not hold it so"
+            if (sharding.mesh, layouts) not in known:
+                named, holding = set(sharding.mesh.ranks), set(world.ranks_holding(layouts))
+                known[sharding.mesh, layouts] = (
+                    f"its mesh names ranks {sorted(named - holding)[:8]}, which do not hold it so"
+                    if named - holding
+                    else f"ranks {sorted(holding - named)[:8]} hold it on a mesh that does not name them"
+                    if holding - named
+                    else None
+                )
+            if misfit := known[sharding.mesh, layouts]:
+                return misfit
+    return None
+
+
+def _key_fault(world: World, key: str) -> str | None:
+    shape = world.specs[key].shape
+    shardings = world.instances[key]
+    grids = {None if isinstance(s, Declared) else grid_of(s, len(shape)) for s in shardings}
+    if len(grids) == 1 and None not in grids:
+        return None
+    box = whole(shape)
     return cover_fault(box, (piece.box for group in held(world, key, box) for piece in group.pieces))
 
 
@@ -195,8 +240,8 @@ def _key_fault(world: World, key: str) -> str | None:
 def owned_by(world: World, rank: int) -> list[Owned]:
     """What `rank` writes, ordered by key. Linear in what this rank holds."""
     found: list[Owned] = []
-    for ranks, items in _groups_of(world, rank).items():
-        found.extend(_share(world, ranks, items)[ranks.index(rank)])
+    for ranks, group in _groups_of(world, rank).items():
+        found.extend(group.share(ranks.index(rank)))
     for entry in world.layout(rank).entries:
         if entry.key in world.unshared:
             for pieces, ranks in _own_groups(world, entry, rank):
@@ -211,29 +256,101 @@ def writers(world: World, key: str, box: Slice) -> list[int]:
     for group in held(world, key, box):
         if key in world.unshared or len(group.ranks) == 1:
             found.add(group.ranks[0])
-            continue
-        shares = _share(world, group.ranks, _groups_of(world, group.ranks[0])[group.ranks])
-        for rank, share in zip(group.ranks, shares, strict=True):
-            if any(owned.key == key and owned.box.intersect(box) for owned in share):
-                found.add(rank)
+        else:
+            shared = _groups_of(world, group.ranks[0])[group.ranks]
+            found.update(group.ranks[i] for i in shared.writers(key, box))
     return sorted(found)
 
 
-_Item = tuple[str, Piece, int]  # key, piece, bytes of an element
+@dataclass(slots=True)
+class _Item:
+    """A piece in the line of a group's bytes, where it starts, and the rows into which it may be cut."""
+
+    key: str
+    piece: Piece
+    start: int
+    nbytes: int
+    dim: int
+    rows: int
+
+    def row_at(self, byte: int) -> int:
+        """The border between rows that is nearest to `byte` of the line."""
+        nearest = (2 * (byte - self.start) * self.rows + self.nbytes) // (2 * self.nbytes)
+        return min(max(nearest, 0), self.rows)
+
+    def rows_meeting(self, box: Slice) -> tuple[int, int] | None:
+        meet = self.piece.box.intersect(box)
+        if meet is None:
+            return None
+        if self.rows == 1:
+            return 0, 1
+        first = meet.offset[self.dim] - self.piece.box.offset[self.dim]
+        return first, first + meet.shape[self.dim]
 
 
-def _groups_of(world: World, rank: int) -> dict[tuple[int, ...], list[_Item]]:
+@dataclass(slots=True)
+class _Group:
+    """The pieces that exactly these ranks hold, laid end to end in order of key."""
+
+    ranks: tuple[int, ...]
+    items: list[_Item] = field(default_factory=list)
+    nbytes: int = 0
+    _at: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, key: str, piece: Piece, itemsize: int) -> None:
+        nbytes = piece.box.numel * itemsize
+        self._at.setdefault(key, []).append(len(self.items))
+        self.items.append(_Item(key, piece, self.nbytes, nbytes, *_rows(piece.box, nbytes)))
+        self.nbytes += nbytes
+
+    def _edge(self, writer: int) -> int:
+        return self.nbytes * writer // len(self.ranks)
+
+    def _row_at_edge(self, item: _Item, writer: int) -> int:
+        return item.row_at(self._edge(writer))
+
+    def share(self, writer: int) -> Iterator[Owned]:
+        """What the writer at index `writer` writes."""
+        low, high = self._edge(writer), self._edge(writer + 1)
+        first = bisect_right(self.items, low, key=lambda item: item.start + item.nbytes)
+        for item in self.items[first:]:
+            if item.start >= high:
+                return
+            start, stop = self._row_at_edge(item, writer), self._row_at_edge(item, writer + 1)
+            if start < stop:
+                yield _rows_of(item, start, stop)
+
+    def writers(self, key: str, box: Slice) -> Iterator[int]:
+        """Indices of the writers of what `box` has in common with the pieces of `key`."""
+        edges = range(len(self.ranks) + 1)
+        for item in (self.items[i] for i in self._at.get(key, ())):
+            if rows := item.rows_meeting(box):
+                row, stop = rows
+                while row < stop:
+                    border = bisect_right(edges, row, key=partial(self._row_at_edge, item))
+                    yield border - 1
+                    row = self._row_at_edge(item, border)
+
+
+def _groups_of(world: World, rank: int) -> dict[tuple[int, ...], _Group]:
     """The shared pieces that `rank` holds, by the exact set of ranks that hold them, in order of key."""
-    memo = world._memo
-    if ("groups", rank) not in memo:
-        groups: dict[tuple[int, ...], list[_Item]] = {}
-        for entry in world.layout(rank).entries:
-            if entry.key not in world.unshared:
-                for pieces, ranks in _own_groups(world, entry, rank):
-                    items = groups.setdefault(ranks, [])
-                    items.extend((entry.key, piece, ITEMSIZE[entry.spec.dtype]) for piece in pieces)
-        memo["groups", rank] = groups
-    return memo["groups", rank]  # type: ignore[return-value]
+    if rank not in world._groups:
+        world._groups[rank] = _make_groups(world, rank)
+    return world._groups[rank]
+
+
+def _make_groups(world: World, rank: int) -> dict[tuple[int, ...], _Group]:
+    groups: dict[tuple[int, ...], _Group] = {}
+    seen: dict[int, tuple[tuple[int, ...], _Group]] = {}  # by id: a tuple of 100,000 ranks is slow to hash
+    for entry in world.layout(rank).entries:
+        if entry.key in world.unshared:
+            continue
+        for pieces, ranks in _own_groups(world, entry, rank):
+            if id(ranks) not in seen:
+                seen[id(ranks)] = ranks, groups.setdefault(ranks, _Group(ranks))
+            for piece in pieces:
+                seen[id(ranks)][1].add(entry.key, piece, ITEMSIZE[entry.spec.dtype])
+    return groups
 
 
 def _own_groups(world: World, entry: Entry, rank: int) -> Iterator[tuple[tuple[Piece, ...], tuple[int, ...]]]:
@@ -253,29 +370,6 @@ def _ranks_alike(world: World, sharding: Sharding, layouts: tuple[int, ...], ran
     return replica_ranks(sharding, rank) if isinstance(sharding, OnMesh) else world.ranks_holding(layouts)
 
 
-def _share(world: World, ranks: tuple[int, ...], items: list[_Item]) -> tuple[list[Owned], ...]:
-    memo = world._memo
-    if ("share", ranks) not in memo:
-        memo["share", ranks] = _even_bytes(items, len(ranks))
-    return memo["share", ranks]  # type: ignore[return-value]
-
-
-def _even_bytes(items: list[_Item], writers: int) -> tuple[list[Owned], ...]:
-    total = sum(piece.box.numel * itemsize for _, piece, itemsize in items)
-    shares: tuple[list[Owned], ...] = tuple([] for _ in range(writers))
-    start = 0
-    for key, piece, itemsize in items:
-        nbytes = piece.box.numel * itemsize
-        cut_dim, rows = _rows(piece.box, nbytes)
-        first, last = start * writers // total, (start + nbytes) * writers // total
-        for i in range(max(0, first - 1), min(writers, last + 2)):
-            low, high = (_border(total * edge // writers - start, nbytes, rows) for edge in (i, i + 1))
-            if low < high:
-                shares[i].append(_rows_of(key, piece, cut_dim, rows, low, high))
-        start += nbytes
-    return shares
-
-
 def _rows(box: Slice, nbytes: int) -> tuple[int, int]:
     """Dimension along which a piece may be cut, and into how many rows; one row where it stays whole."""
     if nbytes <= _ATOM_BYTES:
@@ -284,14 +378,11 @@ def _rows(box: Slice, nbytes: int) -> tuple[int, int]:
     return dim, box.shape[dim]
 
 
-def _border(byte: int, nbytes: int, rows: int) -> int:
-    return min(max((2 * byte * rows + nbytes) // (2 * nbytes), 0), rows)
-
-
-def _rows_of(key: str, piece: Piece, dim: int, rows: int, start: int, stop: int) -> Owned:
-    if stop - start == rows:
-        return Owned(key, piece.box, piece.at)
+def _rows_of(item: _Item, start: int, stop: int) -> Owned:
+    piece, dim = item.piece, item.dim
+    if stop - start == item.rows:
+        return Owned(item.key, piece.box, piece.at)
     move = tuple(start if d == dim else 0 for d in range(len(piece.box.shape)))
     shape = tuple(stop - start if d == dim else n for d, n in enumerate(piece.box.shape))
     box = Slice(tuple(o + m for o, m in zip(piece.box.offset, move, strict=True)), shape)
-    return Owned(key, box, tuple(a + m for a, m in zip(piece.at, move, strict=True)))
+    return Owned(item.key, box, tuple(a + m for a, m in zip(piece.at, move, strict=True)))

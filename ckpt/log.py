@@ -26,6 +26,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 import msgspec
+import xxhash
 
 from ckpt.errors import Corrupt, Fenced, Incompatible, NotFound
 
@@ -180,7 +181,7 @@ def _problem(record: Record) -> str | None:
 
 
 def encode_record(record: Record) -> bytes:
-    """One line of JSON, ended by a newline. Raises ValueError if the record breaks a rule or exceeds 64 KiB.
+    """One line of JSON; its last field is the digest of what stands before it. Raises ValueError if the record breaks a rule or exceeds 64 KiB.
 
     JSON has no inf and nan: a non-finite metric is written as the string "inf", "-inf" or "nan".
     """
@@ -190,7 +191,8 @@ def encode_record(record: Record) -> bytes:
     if isinstance(record, Commit):
         metrics = ((name, float(value)) for name, value in record.metrics.items())
         fields["metrics"] = {name: value if math.isfinite(value) else str(value) for name, value in metrics}
-    data = msgspec.json.encode(fields) + b"\n"
+    body = msgspec.json.encode(fields)[:-1]
+    data = body + seal(body)
     if len(data) <= RECORD_LIMIT_BYTES:
         return data
     raise ValueError(f"cannot write this record: {len(data)} bytes, the limit is {RECORD_LIMIT_BYTES}")
@@ -205,6 +207,9 @@ def decode_record(data: bytes) -> Record | Unknown:
         raise Corrupt(f"log record of {len(data)} bytes; the limit is {RECORD_LIMIT_BYTES}")
     if is_incomplete(data):
         raise Corrupt(f"log record of {len(data)} bytes is cut off: it does not end in a newline")
+    body = data[: -len(seal(b""))]
+    if data[len(body) :] != seal(body):
+        raise Corrupt("log record does not match its own digest")
     try:
         record = _from_fields(msgspec.json.decode(data))
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
@@ -213,6 +218,11 @@ def decode_record(data: bytes) -> Record | Unknown:
         raise Corrupt(f"log record of kind {type(record).__name__.lower()!r}: {problem}")
     return record
     return record
+
+
+def seal(body: bytes) -> bytes:
+    """The end of a record: without it a flipped bit in `parent` would take an acknowledged step out of the lineage."""
+    return b',"digest":"' + xxhash.xxh3_128_hexdigest(body).encode() + b'"}\n'
 
 
 def is_incomplete(data: bytes) -> bool:

@@ -10,16 +10,18 @@ while parsing, and every number and name after it; anything wrong is `Corrupt`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import xxhash
 
 from ckpt.errors import Corrupt, Incompatible
-from ckpt.layout import Entry, Layout, Role, World
+from ckpt.layout import Entry, Layout, Role, World, cover_faults
 from ckpt.sharding import ITEMSIZE, Declared, Mesh, OnMesh, Placement, Replicate, Sharding, Split, TensorSpec, Whole
 from ckpt.slices import Slice
 
@@ -32,7 +34,9 @@ BLOCK_BYTES = 256 * 1024
 DIGEST_BYTES = 16
 MAX_DIMS = 64
 MAX_WORLD = 1 << 22
+MAX_SPLIT_FACTOR = 1 << 16
 _MAX_BYTES = 1 << 62
+_ATTEMPT = re.compile(r"[0-9]{9,19}\.[a-z0-9_-][a-z0-9._-]{0,200}")
 
 T = TypeVar("T")
 
@@ -50,7 +54,7 @@ def data_name(rank: int) -> str:
     return f"r{rank:05d}.safetensors"
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A stored Slice. Row-major raw bytes; `digests` holds one xxh3_128 for each BLOCK_BYTES of them."""
 
     key: str
@@ -60,7 +64,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     file: str  # "" is the data file of this part's writer
     at: int  # first byte in the file
     stored_bytes: int
-    codec: Literal["raw"]
+    codec: str  # "raw"; a later release may add others
     digests: bytes
 
     @property
@@ -88,7 +92,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return digest(msgspec.msgpack.encode((content, sorted(self.values.items()), sorted(self.rank_values.items()))))
 
 
-class PartRef(msgspec.Struct, frozen=True, array_like=True):
+class PartRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Size and digest of a part, and the size of its data file."""
 
     part_bytes: int
@@ -110,7 +114,7 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
 
 
-class _Mesh(msgspec.Struct, array_like=True):
+class _Mesh(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
 
@@ -124,7 +128,7 @@ class _Sharding(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     shape: tuple[int, ...] | None = None
 
 
-class _Tensor(msgspec.Struct, array_like=True):
+class _Tensor(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     key: str
     dtype: str
     shape: tuple[int, ...]
@@ -141,7 +145,7 @@ class _Layout(msgspec.Struct, forbid_unknown_fields=True):
 
 class _World(msgspec.Struct, forbid_unknown_fields=True):
     meshes: tuple[_Mesh, ...]
-    shardings: tuple[_Sharding, ...]
+    shardings: Annotated[tuple[_Sharding, ...], msgspec.Meta(max_length=MAX_WORLD)]
     layouts: tuple[_Layout, ...]
     layout_of: tuple[int, ...]
 
@@ -168,10 +172,19 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in `data`. `Corrupt`, naming `where`, if anything in it is not as it must be."""
     wire = _unframe(MANIFEST_MAGIC, data, MANIFEST_LIMIT_BYTES, _Manifest, where)
     world = _valid(where, lambda: _world_from_wire(wire.world))
+    if faults := cover_faults(world):
+        raise Corrupt(f"{where}: its tensors are not covered exactly once: {'; '.join(faults[:3])}"[:1000])
     if len(wire.parts) != world.size:
         raise Corrupt(f"{where}: {len(wire.parts)} parts for a world of {world.size} ranks")
     if not 0 <= wire.step < 1 << 63 or wire.generation < 0:
         raise Corrupt(f"{where}: step {wire.step} or generation {wire.generation} is out of range")
+    for name in (wire.attempt, wire.parent):
+        if name is not None and not _ATTEMPT.fullmatch(name):
+            raise Corrupt(f"{where}: {name[:80]!r} is not the name of an attempt")
+    if not wire.attempt.startswith(f"{wire.step:09d}."):
+        raise Corrupt(f"{where}: attempt {wire.attempt!r} is not one of step {wire.step}")
+    if len(wire.content_digest) != DIGEST_BYTES:
+        raise Corrupt(f"{where}: the content digest has {len(wire.content_digest)} bytes")
     for ref in wire.parts:
         _require_bytes(where, "part", ref.part_bytes, PART_LIMIT_BYTES)
         _require_bytes(where, "data file", ref.data_bytes, _MAX_BYTES)
@@ -188,12 +201,24 @@ def encode_part(part: Part) -> bytes:
 def decode_part(data: bytes, where: str) -> Part:
     """The part in `data`. `Corrupt`, naming `where`, if anything in it is not as it must be."""
     part = _unframe(PART_MAGIC, data, PART_LIMIT_BYTES, Part, where)
-    for chunk in part.chunks:
-        _valid(where, lambda chunk=chunk: _check_chunk(chunk, part.data_bytes))  # type: ignore[misc]
-    spans = sorted((c.at, c.at + c.stored_bytes) for c in part.chunks if not c.file)
-    if any(left[1] > right[0] for left, right in pairwise(spans)):
-        raise Corrupt(f"{where}: two chunks share bytes of one file")
+    if not 0 <= part.rank < MAX_WORLD or not _ATTEMPT.fullmatch(part.attempt):
+        raise Corrupt(f"{where}: rank {part.rank} or attempt {part.attempt[:80]!r} is out of range")
+    _require_bytes(where, "data file", part.data_bytes, _MAX_BYTES)
+    _valid(where, lambda: _check_chunks(part, where))
     return part
+
+
+def check_part(part: Part, manifest: Manifest, rank: int, where: str) -> None:
+    """`Corrupt`, naming `where`, unless `part` is what `manifest` says that writer `rank` stored."""
+    if part.rank != rank or part.attempt != manifest.attempt or part.data_bytes != manifest.parts[rank].data_bytes:
+        raise Corrupt(f"{where}: it is the part of another attempt or rank")
+    specs = manifest.world.specs
+    for chunk in part.chunks:
+        spec = specs.get(chunk.key)
+        if spec is None or spec.dtype != chunk.dtype or len(spec.shape) != len(chunk.shape):
+            raise Corrupt(f"{where}: chunk of {chunk.key} as {chunk.dtype} {chunk.shape}, its MANIFEST says {spec}")
+        if not chunk.box.within(Slice((0,) * len(spec.shape), spec.shape)):
+            raise Corrupt(f"{where}: chunk of {chunk.key} at {chunk.offset} + {chunk.shape} is outside {spec.shape}")
 
 
 def encode_layout(layout: Layout) -> bytes:
@@ -218,7 +243,7 @@ def _frame(magic: bytes, payload: bytes, limit_bytes: int) -> bytes:
 def _unframe(magic: bytes, data: bytes, limit_bytes: int, kind: type[T], where: str) -> T:
     if len(data) > limit_bytes:
         raise Corrupt(f"{where}: {len(data)} bytes, over the limit of {limit_bytes}")
-    if data[:7] == magic[:7] and data[7:8] != magic[7:8]:
+    if data[:7] == magic[:7] and len(data) > 7 and data[7] != magic[7]:
         raise Incompatible(f"{where}: format version {data[7]}; this release reads {magic[7]}. Use a newer holdfast.")
     if data[:8] != magic or len(data) < 16 + DIGEST_BYTES:
         raise Corrupt(f"{where}: not a {magic[2:7].decode()} (starts with {data[:8]!r}, {len(data)} bytes)")
@@ -248,8 +273,25 @@ def _require_bytes(where: str, what: str, nbytes: int, limit: int) -> None:
 # Chunks
 
 
+def _check_chunks(part: Part, where: str) -> None:
+    for chunk in part.chunks:
+        if chunk.codec != "raw":
+            raise Incompatible(
+                f"{where}: chunk of {chunk.key} is stored with codec {chunk.codec[:80]!r}; this release reads only raw."
+                " Use a newer holdfast."
+            )
+        _check_chunk(chunk, part.data_bytes)
+    if any((left.key, left.offset) >= (right.key, right.offset) for left, right in pairwise(part.chunks)):
+        raise ValueError("chunks are not distinct and ascending by key and offset")
+    spans = sorted((c.at, c.at + c.stored_bytes) for c in part.chunks)
+    if any(left[1] > right[0] for left, right in pairwise(spans)):
+        raise ValueError("two chunks share bytes of one file")
+
+
 def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
     spec = _spec(chunk.dtype, chunk.shape)
+    if not spec.nbytes:
+        raise ValueError(f"chunk of {chunk.key}: shape {chunk.shape} holds nothing")
     _ = chunk.box
     if any(o > _MAX_BYTES for o in chunk.offset):
         raise ValueError(f"chunk of {chunk.key}: offset {chunk.offset} is out of range")
@@ -267,13 +309,15 @@ def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
 
 
 def placement_code(placement: Placement) -> str:
-    """R, S<dim>, or S<dim>/<split factor>."""
+    """R, S<dim>, or S<dim>/<split factor>. `Incompatible` if it is beyond the format."""
     match placement:
         case Replicate():
             return "R"
         case Split(dim, 1):
             return f"S{dim}"
         case Split(dim, factor):
+            if factor > MAX_SPLIT_FACTOR:
+                raise Incompatible(f"a strided shard of factor {factor}; the format's limit is {MAX_SPLIT_FACTOR}")
             return f"S{dim}/{factor}"
 
 
@@ -281,10 +325,10 @@ def _placement(code: str, dims: int) -> Placement:
     if code == "R":
         return Replicate()
     dim, _, factor = code[1:].partition("/")
-    if code[:1] != "S" or not dim.isdecimal() or (factor and not factor.isdecimal()) or len(code) > 32:
-        raise ValueError(f"unknown placement {code!r}")
+    if len(code) > 32 or code[:1] != "S" or not dim.isdecimal() or (factor and not factor.isdecimal()):
+        raise ValueError(f"unknown placement {code[:32]!r}")
     split = Split(int(dim), int(factor or 1))
-    if split.dim >= dims or not 1 <= split.split_factor <= MAX_WORLD:
+    if split.dim >= dims or not 1 <= split.split_factor <= MAX_SPLIT_FACTOR or placement_code(split) != code:
         raise ValueError(f"placement {code!r} does not fit a tensor of {dims} dimensions")
     return split
 
@@ -327,11 +371,21 @@ def _world_from_wire(wire: _World, *, check_ranks: bool = True) -> World:
     size = len(wire.layout_of)
     if not 0 < size <= MAX_WORLD or any(not 0 <= i < len(wire.layouts) for i in wire.layout_of):
         raise ValueError(f"a world of {size} ranks with {len(wire.layouts)} layouts")
-    meshes = [Mesh(mesh.shape, mesh.ranks) for mesh in wire.meshes]
+    if len(set(wire.layout_of)) != len(wire.layouts):
+        raise ValueError("a layout belongs to no rank")
+    if any(len(mesh.shape) > MAX_DIMS for mesh in wire.meshes):
+        raise ValueError(f"a mesh has more than {MAX_DIMS} dimensions")
+    meshes = [_shared_mesh(Mesh(mesh.shape, mesh.ranks)) for mesh in wire.meshes]
     for mesh in meshes:
         if check_ranks and (min(mesh.ranks, default=-1) < 0 or max(mesh.ranks) >= size):
             raise ValueError(f"a mesh names ranks outside a world of {size}")
     return World(tuple(_layout_from_wire(wire, layout, meshes) for layout in wire.layouts), wire.layout_of)
+
+
+@lru_cache(maxsize=256)
+def _shared_mesh(mesh: Mesh) -> Mesh:
+    """One object for equal meshes: to compare two of 100,000 ranks for every tensor takes long."""
+    return mesh
 
 
 def _layout_from_wire(wire: _World, layout: _Layout, meshes: list[Mesh]) -> Layout:
@@ -345,7 +399,10 @@ def _layout_from_wire(wire: _World, layout: _Layout, meshes: list[Mesh]) -> Layo
                 raise ValueError(f"{tensor.key}: sharding {tensor.sharding}")
             made[which] = _sharding(wire.shardings[tensor.sharding], meshes, len(spec.shape))
         sharding = made[which]
-        if isinstance(sharding, Declared) and not sharding.box.within(Slice((0,) * len(spec.shape), spec.shape)):
+        if isinstance(sharding, Declared) and (
+            len(sharding.box.shape) != len(spec.shape)
+            or not sharding.box.within(Slice((0,) * len(spec.shape), spec.shape))
+        ):
             raise ValueError(f"{tensor.key}: declared {sharding.box} reaches outside {spec.shape}")
         entries.append(Entry(tensor.key, spec, sharding, tensor.role))
     keys = [entry.key for entry in entries]
@@ -354,23 +411,30 @@ def _layout_from_wire(wire: _World, layout: _Layout, meshes: list[Mesh]) -> Layo
     known = set(keys)
     if any(key not in known or alias in known for alias, key in layout.aliases):
         raise ValueError("a tie names a tensor that is not there")
+    for names in ([alias for alias, _ in layout.aliases], layout.values, layout.rank_values):
+        if len(set(names)) != len(names):
+            raise ValueError("two ties or two values have one name")
     return Layout(tuple(entries), layout.aliases, layout.values, layout.rank_values)
 
 
 def _sharding(wire: _Sharding, meshes: list[Mesh], dims: int) -> Sharding:
-    if wire.placements is not None and wire.mesh is not None:
-        mesh = meshes[wire.mesh] if wire.mesh >= 0 else None
-        if mesh is None or len(mesh.shape) != len(wire.placements):
-            raise ValueError(f"{len(wire.placements)} placements on mesh {wire.mesh}")
-        return OnMesh(mesh, tuple(_placement(code, dims) for code in wire.placements))
-    if wire.offset is not None and wire.shape is not None:
-        return Declared(Slice(wire.offset, wire.shape))
-    return Whole()
+    match wire:
+        case _Sharding(mesh=None, placements=None, offset=None, shape=None):
+            return Whole()
+        case _Sharding(mesh=None, placements=None, offset=tuple(offset), shape=tuple(shape)):
+            return Declared(Slice(offset, shape))
+        case _Sharding(mesh=int(index), placements=tuple(codes), offset=None, shape=None):
+            if not 0 <= index < len(meshes) or len(meshes[index].shape) != len(codes):
+                raise ValueError(f"{len(codes)} placements on mesh {index}")
+            return OnMesh(meshes[index], tuple(_placement(code, dims) for code in codes))
+    raise ValueError("a sharding is whole, on a mesh, or declared; not a mixture")
 
 
 def _spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
     if dtype not in ITEMSIZE:
         raise ValueError(f"unknown dtype {dtype!r}")
-    if len(shape) > MAX_DIMS or any(not 0 <= n <= _MAX_BYTES for n in shape) or prod(shape) > _MAX_BYTES // 16:
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"a shape of {len(shape)} dimensions; the limit is {MAX_DIMS}")
+    if any(not 0 <= n <= _MAX_BYTES for n in shape) or prod(shape) > _MAX_BYTES // 16:
         raise ValueError(f"shape {shape} is out of range")
     return TensorSpec(dtype, shape)

@@ -252,6 +252,8 @@ def plan_load(targets: Sequence[Target], parts: dict[int, Sequence[Chunk]]) -> L
             moved = tuple(a - o for a, o in zip(piece.at, piece.box.offset, strict=True))
             meets: list[Slice] = []
             for part, chunk in stored.get(target.key, ()):
+                if len(chunk.shape) != len(piece.box.shape):
+                    raise Corrupt(f"{target.key}: a stored chunk has shape {chunk.shape}, the tensor another rank")
                 if box := chunk.box.intersect(piece.box):
                     meets.append(box)
                     used += box.numel * ITEMSIZE[chunk.dtype]

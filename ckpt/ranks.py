@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +40,9 @@ class Ranks(Protocol):
     def begin_maximum(self, data: bytes) -> Callable[[], bytes]:
         """`maximum`, begun now and read by calling the result."""
 
+    def meet(self) -> None:
+        """Wait for all ranks; `DeadlineExceeded` that, on rank 0, names those that did not come."""
+
     def close(self) -> None: ...
 
 
@@ -60,6 +64,9 @@ class Alone:
 
     def begin_maximum(self, data: bytes) -> Callable[[], bytes]:
         return lambda: data
+
+    def meet(self) -> None:
+        return
 
     def close(self) -> None:
         return
@@ -108,6 +115,15 @@ class Gloo:
             return _bytes(tensor)
 
         return read
+
+    def meet(self) -> None:
+        limit = timedelta(seconds=self.timeout_s)
+        try:
+            dist.monitored_barrier(self._group, timeout=limit, wait_all_ranks=True)
+        except RuntimeError as error:
+            named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            who = f"rank {named[1].strip()}" if named else "another rank (the log of rank 0 names it)"
+            raise DeadlineExceeded(f"{who} died, or did not come within {self.timeout_s:g} s.") from error
 
     def close(self) -> None:
         if dist.is_initialized():

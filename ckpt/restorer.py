@@ -17,7 +17,7 @@ from ckpt.adapt import Bound, Local, Rng, Saved, Wanted, bind_state, decode_valu
 from ckpt.adapt.members import selected
 from ckpt.adapt.values import dtype_name
 from ckpt.agreement import together
-from ckpt.errors import CkptError, Corrupt, Incompatible
+from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.log import Commit
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
@@ -54,27 +54,54 @@ class StepReader:
 
     def __init__(self, run: RunDirectory, commit: Commit, manifest_data: bytes | None = None) -> None:
         self.run, self.commit = run, commit
-        where = run.attempt_path(commit.attempt, "MANIFEST")
-        data = manifest_data or run.store.read(where, limit_bytes=MANIFEST_LIMIT_BYTES)
+        data = manifest_data or self._metadata("MANIFEST", min(commit.manifest_bytes, MANIFEST_LIMIT_BYTES))
         if len(data) != commit.manifest_bytes or digest(data).hex() != commit.manifest_digest:
-            raise Corrupt(f"{run.url}/{where}: its bytes are not those that the commit of step {commit.step} names")
+            raise self._damaged("MANIFEST", f"its bytes are not those that the commit of step {commit.step} names")
         self.manifest_data = data
-        self.manifest: Manifest = decode_manifest(data, f"{run.url}/{where}")
+        self.manifest: Manifest = decode_manifest(data, self._where("MANIFEST"))
+        if (self.manifest.attempt, self.manifest.step) != (commit.attempt, commit.step):
+            raise self._damaged("MANIFEST", f"it is that of {self.manifest.attempt}, step {self.manifest.step}")
         self._parts: dict[int, Part] = {}
+
+    def _where(self, name: str) -> str:
+        return f"{self.run.url}/{self.run.attempt_path(self.commit.attempt, name)}"
+
+    def _damaged(self, name: str, what: str) -> Corrupt:
+        return Corrupt(
+            f"{self._where(name)}: {what}. Other steps are not affected: `ckpt check {self.run.url}` tells which are "
+            "whole, restore(..., fallback=True) takes the newest of them"
+        )
+
+    def _metadata(self, name: str, limit_bytes: int) -> bytes:
+        try:
+            return self.run.store.read(self.run.attempt_path(self.commit.attempt, name), limit_bytes=limit_bytes)
+        except NotFound:
+            raise self._damaged(name, f"this file of step {self.commit.step} is missing") from None
+        except Corrupt as error:
+            raise self._damaged(name, str(error)) from error
 
     def part(self, rank: int) -> Part:
         """The part of writer `rank`, verified. Kept until the reader goes."""
         if rank not in self._parts:
-            name = part_name(rank)
-            path, ref = self.run.attempt_path(self.commit.attempt, name), self.manifest.parts[rank]
-            data = self.run.store.read(path, limit_bytes=PART_LIMIT_BYTES)
+            name, ref = part_name(rank), self.manifest.parts[rank]
+            data = self._metadata(name, min(ref.part_bytes, PART_LIMIT_BYTES))
             if len(data) != ref.part_bytes or digest(data) != ref.part_digest:
-                raise Corrupt(f"{self.run.url}/{path}: its bytes are not those that the MANIFEST names")
-            part = decode_part(data, f"{self.run.url}/{path}")
+                raise self._damaged(name, "its bytes are not those that the MANIFEST names")
+            part = decode_part(data, self._where(name))
             if part.rank != rank or part.attempt != self.commit.attempt or part.data_bytes != ref.data_bytes:
-                raise Corrupt(f"{self.run.url}/{path}: it is the part of another attempt or rank")
+                raise self._damaged(name, "it is the part of another attempt or rank")
             self._parts[rank] = part
         return self._parts[rank]
+
+    def check_size(self, rank: int) -> None:
+        """`Corrupt` unless the data file of writer `rank` is there in full length."""
+        name, expected = data_name(rank), self.manifest.parts[rank].data_bytes
+        try:
+            found = self.run.store.size(self.run.attempt_path(self.commit.attempt, name))
+        except NotFound:
+            raise self._damaged(name, f"this file of step {self.commit.step} is missing") from None
+        if found != expected:
+            raise self._damaged(name, f"it has {found} bytes, its MANIFEST says {expected}")
 
     def data_path(self, rank: int) -> str:
         path = self.run.store.local_path(self.run.attempt_path(self.commit.attempt, data_name(rank)))
@@ -114,9 +141,10 @@ def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed)
     began = time.monotonic()
     saved, stored_name = reader.saved(relaxed.rename)
     bound = together(ranks, lambda: bind_state(state, saved, ranks.rank, ranks.size, relaxed.only))
-    targets = together(ranks, lambda: _validate(reader, saved, bound, relaxed, ranks.size))
-    _refuse_unexpected(ranks, saved, bound, relaxed)
+    unexpected = _unexpected(ranks, saved, bound, relaxed)
+    targets = together(ranks, lambda: _validate(reader, saved, bound, relaxed, unexpected, ranks.size))
     values = together(ranks, lambda: _stored_values(reader, bound, stored_name, ranks))
+    together(ranks, lambda: _check_early(values, bound, reader, ranks))
     reads = together(ranks, lambda: _plan(reader, saved, targets, stored_name, ranks.rank))
     try:
         together(ranks, lambda: _read(reader, reads))
@@ -126,6 +154,9 @@ def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed)
             f"{error}\nThe state passed to restore is partly overwritten and must not be used; every stored step is "
             f"as it was. See `ckpt check {reader.run.url}`."
         ) from error
+    except Exception as error:  # of the user's own load_state_dict
+        error.add_note("The state passed to ckpt's restore is partly overwritten and must not be used.")
+        raise
     if ranks.rank == 0:
         log.info(
             "restored step %d: %d bytes read by rank 0 in %.2f s",
@@ -135,9 +166,11 @@ def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed)
         )
 
 
-def _validate(reader: StepReader, saved: Saved, bound: Bound, relaxed: Relaxed, world: int) -> list[Local]:
+def _validate(
+    reader: StepReader, saved: Saved, bound: Bound, relaxed: Relaxed, unexpected: Sequence[str], world: int
+) -> list[Local]:
     """The tensors to fill; everything that does not fit, in one error."""
-    problems = [] if not relaxed.strict else [f"missing in the checkpoint: {key}" for key in bound.missing]
+    problems = [f"missing in the checkpoint: {key}" for key in bound.missing if relaxed.strict]
     kept: list[Local] = []
     for local in bound.locals:
         spec = saved.specs.get(saved.stored(local.key))
@@ -151,12 +184,24 @@ def _validate(reader: StepReader, saved: Saved, bound: Bound, relaxed: Relaxed, 
     for wanted in bound.wanted:
         if wanted.on_resize == "error" and world != reader.manifest.world.size:
             problems.append(
-                f"{wanted.key} belongs to each of {reader.manifest.world.size} ranks and there are {world} now: wrap it "
-                'in ckpt.PerRank(obj, on_resize="first" or a function)'
+                f"{wanted.key} belongs to each of {reader.manifest.world.size} ranks and there are {world} now: wrap "
+                'it in ckpt.PerRank(obj, on_resize="first" or a function)'
             )
+    if relaxed.strict:
+        problems += [f"in the checkpoint, not in the state: {name}" for name in unexpected]
+        problems += _idle(saved, bound, relaxed.only or ())
     if problems:
         raise Incompatible(_explain(reader, problems))
     return kept
+
+
+def _idle(saved: Saved, bound: Bound, only: Sequence[str]) -> list[str]:
+    """The entries of `only` that select nothing on either side: they were mistyped."""
+    names = [*saved.specs, *saved.aliases, *saved.values, *saved.rank_values]
+    names += [local.key for local in bound.locals] + bound.missing
+    return [
+        f"only={p!r} names nothing in the checkpoint" for p in only if not any(selected(name, (p,)) for name in names)
+    ]
 
 
 def _mismatch(local: Local, spec: TensorSpec, cast: bool) -> str | None:
@@ -171,23 +216,26 @@ def _explain(reader: StepReader, problems: Sequence[str]) -> str:
     shown = "\n  ".join(problems[:40]) + (f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else "")
     return (
         f"step {reader.commit.step} of {reader.run.url} does not fit the state:\n  {shown}\n"
-        "Nothing was touched. `ckpt show` lists what the step holds; only=, rename=, cast=True and strict=False "
-        "relax the comparison on purpose."
+        f"Nothing was touched. `ckpt show {reader.run.url}` lists what the step holds; only=[...], rename=, cast=True "
+        "and strict=False relax the comparison on purpose."
     )
 
 
-def _refuse_unexpected(ranks: Ranks, saved: Saved, bound: Bound, relaxed: Relaxed) -> None:
-    """Whatever the step holds must be wanted by some rank."""
+def _unexpected(ranks: Ranks, saved: Saved, bound: Bound, relaxed: Relaxed) -> list[str]:
+    """What the step holds and no rank wants. Collective."""
     used = {saved.stored(local.key) for local in bound.locals} | {wanted.key for wanted in bound.wanted}
     names = [n for n in sorted({*saved.specs, *saved.values, *saved.rank_values}) if selected(n, relaxed.only)]
     marks = ranks.maximum(bytes(name in used for name in names))
-    left = [name for name, mark in zip(names, marks, strict=True) if not mark]
-    if left and relaxed.strict:
-        tops = sorted({name.split("/")[0] for name in names} - {name.split("/")[0] for name in left})
-        hint = f"\nTo restore just what the state names: only={tops}" if tops else ""
-        shown = "\n  ".join(f"in the checkpoint, not in the state: {name}" for name in left[:40])
-        more = f"\n  ... and {len(left) - 40} more" if len(left) > 40 else ""
-        raise Incompatible(f"the state does not hold all of the step:\n  {shown}{more}{hint}\nNothing was touched.")
+    return [name for name, mark in zip(names, marks, strict=True) if not mark]
+
+
+def _check_early(values: Sequence[tuple[Wanted, list[bytes]]], bound: Bound, reader: StepReader, ranks: Ranks) -> None:
+    """Decode the values that validation needs, and see whether they fit."""
+    for wanted, stored in values:
+        if wanted.early:
+            wanted.apply(_value(wanted, stored, reader, ranks))
+    if problems := [problem for check in bound.checks if (problem := check())]:
+        raise Incompatible(_explain(reader, problems))
 
 
 @dataclass(frozen=True)
@@ -226,6 +274,8 @@ def _plan_reads(
     targets = [target for target, _ in found]
     manifest = reader.manifest
     ranks = needed_parts(manifest.world, manifest.ownership, targets)
+    for rank in sorted(ranks):
+        reader.check_size(rank)
     plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in sorted(ranks)})
     return plan, [tensor for _, tensor in found]
 
@@ -260,7 +310,7 @@ def _stored_value(reader: StepReader, wanted: Wanted, name: str, ranks: Ranks) -
 def _finish(values: Sequence[tuple[Wanted, list[bytes]]], bound: Bound, reader: StepReader, ranks: Ranks) -> None:
     """Values, then what is made of them, then the random generators."""
     for wanted, stored in values:
-        if not wanted.last:
+        if not wanted.last and not wanted.early:
             wanted.apply(_value(wanted, stored, reader, ranks))
     for act in bound.finish:
         act()

@@ -5,6 +5,7 @@ The layout and its plan are computed when the layout changes and used again unti
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ from typing import Any
 import msgspec
 
 from ckpt.adapt import Collected, Local, bytes_view, collect_state
-from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together, together
-from ckpt.errors import Incompatible
+from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together
+from ckpt.errors import CkptError, DeadlineExceeded, Incompatible, SaveFailed
 from ckpt.holder import Holder
 from ckpt.layout import OWNERSHIP, Layout, World, cover_faults
 from ckpt.log import Commit
@@ -76,7 +77,7 @@ class Saver:
         assert plan is not None
         self._check_values(world, collected)
         attempt = on_first(self._ranks, lambda: self._first().new_attempt(step).encode()).decode()
-        written = together(self._ranks, lambda: self._write(attempt, plan, collected))
+        written = self._write_together(attempt, plan, collected)
         everyone = self._ranks.gather(msgspec.msgpack.encode(written))
         record = on_first(
             self._ranks, lambda: msgspec.msgpack.encode(self._commit(step, attempt, world, everyone, metrics))
@@ -155,6 +156,28 @@ class Saver:
                 "these values differ from rank to rank: " + ", ".join(different[:20]) + ". Make them equal, or wrap "
                 'them: ckpt.PerRank(value, on_resize="first").'
             )
+
+    def _write_together(self, attempt: str, plan: SavePlan, collected: Collected) -> _Written:
+        """Every rank's part, durable; where one fails, the attempt is removed and all raise."""
+        result: _Written | None = None
+        failure: Exception | None = None
+        try:
+            result = self._write(attempt, plan, collected)
+        except Exception as error:
+            failure = error
+        try:
+            self._ranks.meet()
+        except DeadlineExceeded as error:
+            raise SaveFailed(f"{attempt} was not committed: {error} Every older step is as it was.") from error
+        try:
+            raise_together(self._ranks, failure)
+        except Exception:
+            if self._ranks.rank == 0:
+                with contextlib.suppress(CkptError):
+                    self._run.store.delete(self._run.attempt_path(attempt))  # a full disk needs the room
+            raise
+        assert result is not None
+        return result
 
     def _write(self, attempt: str, plan: SavePlan, collected: Collected) -> _Written:
         rank, store = self._ranks.rank, self._run.store

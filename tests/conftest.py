@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from jobs import Pool
+
+settings.register_profile("holdfast", deadline=None, print_blob=True)  # timing never decides a test
+settings.load_profile("holdfast")
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,14 @@ def bind_state(state: State, saved: Saved, rank: int, world: int, only: tuple[st
     """What to read into `state` from a checkpoint that holds `saved`. Touches nothing of the state."""
     out = Bound()
     for member in _members(state, rank, world):
-        if only is None or any(_overlap(key_of(member.path), prefix) for prefix in only):
+        if selected(key_of(member.path), only):
+            member.bind(saved, out)
+        elif only is not None and (inside := [p for p in only if p.startswith(key_of(member.path) + "/")]):
+            if not isinstance(member, ModuleMember | Fsdp1Module):
+                raise Incompatible(
+                    f"only={inside}: {key_of(member.path)} is restored as a whole or not at all. Nothing was touched; "
+                    f"pass only=[{key_of(member.path)!r}]."
+                )
             member.bind(saved, out)
     if only is not None:
         out.locals = [local for local in out.locals if selected(local.key, only)]
@@ -56,10 +63,6 @@ def bind_state(state: State, saved: Saved, rank: int, world: int, only: tuple[st
 def selected(key: str, only: tuple[str, ...] | None) -> bool:
     """Whether `key` is one of `only`, or lies below one of them (at a `/` or a `.`)."""
     return only is None or any(key == p or key.startswith((p + "/", p + ".")) for p in only)
-
-
-def _overlap(path: str, prefix: str) -> bool:
-    return selected(path, (prefix,)) or prefix.startswith(path + "/")
 
 
 def _members(state: State, rank: int, world: int) -> list[Member]:
@@ -90,7 +93,7 @@ def _walk(node: Any, path: Path, rank: int, world: int) -> Iterator[tuple[Path, 
             at, item = (*at, f"#{rank}of{world}"), item.obj
         if _is_leaf(item):
             yield at, item
-        elif isinstance(item, dict | list) and item and _holds_state(item):
+        elif isinstance(item, dict | list) and item and _holds_state(item, at):
             yield from _walk(item, at, rank, world)
         else:
             yield at, _Value(item, _putter(node, name))
@@ -111,14 +114,16 @@ def _is_stateful(item: Any) -> bool:
     return not isinstance(item, type) and hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
 
 
-def _holds_state(item: Any) -> bool:
+def _holds_state(item: Any, at: Path) -> bool:
     """Whether a nest holds anything but values; a nest of values alone is one value, exact in type."""
     if isinstance(item, dict):
-        return any(_is_leaf(v) or _holds_state(v) for v in item.values())
+        return any(_is_leaf(v) or _holds_state(v, at) for v in item.values())
     if isinstance(item, list):
-        return any(_is_leaf(v) or _holds_state(v) for v in item)
-    if isinstance(item, tuple) and any(_is_leaf(v) or _holds_state(v) for v in item):
-        raise Incompatible("a tuple in a state cannot hold tensors or stateful objects: use a list or a dict")
+        return any(_is_leaf(v) or _holds_state(v, at) for v in item)
+    if isinstance(item, tuple) and any(_is_leaf(v) or _holds_state(v, at) for v in item):
+        raise Incompatible(
+            f"{key_of(at)}: a tuple in a state cannot hold tensors or stateful objects: use a list or a dict"
+        )
     return False
 
 

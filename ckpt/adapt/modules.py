@@ -33,20 +33,24 @@ class Names:
     """Canonical names of a module's state: wrappers leave no trace in them."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._wrapped = {
-            f"{path}.{attribute}" if path else attribute
-            for path, inner in module.named_modules()
-            if (attribute := wrapped_by(inner))
-        }
+        self._module = module
+        self._wrappers = {id(inner): attribute for inner in module.modules() if (attribute := wrapped_by(inner))}
 
     def canonical(self, key: str) -> str:
-        """`module.layer.weight` of a DDP model as `layer.weight`, at any depth of wrapping."""
+        """`module.layer.weight` of a DDP model as `layer.weight`, at any depth of wrapping.
+
+        Some wrappers strip their own attribute from the keys of a state dict; those keys come out alike.
+        """
+        if not self._wrappers:
+            return key
         kept: list[str] = []
-        path = ""
+        node: nn.Module | None = self._module
         for component in key.split("."):
-            path = f"{path}.{component}" if path else component
-            if path not in self._wrapped:
+            while node is not None and component not in node._modules and (attribute := self._wrappers.get(id(node))):
+                node = node._modules[attribute]
+            if node is None or component != self._wrappers.get(id(node)):
                 kept.append(component)
+            node = node._modules.get(component) if node is not None else None
         return ".".join(kept)
 
 
@@ -59,7 +63,13 @@ def module_state(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 def set_extra_state(module: nn.Module, key: str, value: Any) -> None:
     owner = module.get_submodule(key.rpartition(".")[0]) if "." in key else module
+    while type(owner).set_extra_state is nn.Module.set_extra_state and (attribute := wrapped_by(owner)):
+        owner = owner.get_submodule(attribute)  # a wrapper that left its attribute out of the key
     owner.set_extra_state(value)
+
+
+def is_extra_state(key: str) -> bool:
+    return key.rpartition(".")[2] == "_extra_state"
 
 
 def is_parameter(value: torch.Tensor) -> bool:

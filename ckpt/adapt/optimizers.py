@@ -88,7 +88,8 @@ class OptimizerMember:
         for parameter, g, i in self._parameters():
             name = self._stored_name(saved, self.names.all_of(parameter, g, i))
             stored[g].append(name)
-            self._bind_state(saved, out, parameter, self.optimizer.param_groups[g], name)
+            if key_of((*self.path, "group_of", *name)) in saved.values:
+                self._bind_state(saved, out, parameter, self.optimizer.param_groups[g], name)
         bind_groups(self.path, self.optimizer.param_groups, stored, saved, out)
 
     def _stored_name(self, saved: Saved, names: tuple[Path, ...]) -> Path:
@@ -164,28 +165,30 @@ def bind_groups(
         for name in names:
             key = key_of((*path, "group_of", *name))
             if key in saved.values:
-                out.wanted.append(Wanted(key, partial(found.__setitem__, key)))
+                out.wanted.append(Wanted(key, partial(found.__setitem__, key), early=True))
             else:
                 out.missing.append(key)
     stored: dict[int, Any] = {}
     for key in saved.values_under(key_of((*path, "groups"))):
-        out.wanted.append(Wanted(key, partial(stored.__setitem__, int(key.rpartition("/")[2]))))
+        out.wanted.append(Wanted(key, partial(stored.__setitem__, int(key.rpartition("/")[2])), early=True))
 
-    def finish() -> None:
-        for g, group in enumerate(groups):
-            _set_group(key_of(path), g, group, set(indices[g].values()), stored)
-
-    out.finish.append(finish)
+    for g, group in enumerate(groups):
+        out.checks.append(partial(_group_fault, key_of(path), g, indices[g], stored))
+        out.finish.append(partial(_set_group, g, group, indices[g], stored))
 
 
-def _set_group(where: str, g: int, group: dict[str, Any], chosen: set[int], stored: dict[int, Any]) -> None:
-    if not chosen and g in stored:
-        chosen = {g}  # a group without parameters
+def _group_fault(where: str, g: int, indices: dict[str, Any], stored: dict[int, Any]) -> str | None:
+    chosen = set(indices.values())
     if len({repr(sorted(stored[index].items(), key=str)) for index in chosen}) > 1:
-        raise Incompatible(
+        return (
             f"{where}: group {g} holds parameters that were in groups {sorted(chosen)} of other hyperparameters when "
-            "they were saved. Build the groups as they were."
+            "they were saved. Build the groups as they were"
         )
+    return None
+
+
+def _set_group(g: int, group: dict[str, Any], indices: dict[str, Any], stored: dict[int, Any]) -> None:
+    chosen = set(indices.values()) or {g} & set(stored)  # a group without parameters goes by its number
     if chosen:
         set_hyperparameters(group, stored[min(chosen)])
 
@@ -195,8 +198,8 @@ def _itself(value: Any) -> Any:
 
 
 def state_device(entry: str, parameter: torch.Tensor, group: dict[str, Any]) -> torch.device:
-    """Where torch keeps it: `step` on the CPU unless capturable or fused, the rest beside its parameter."""
-    on_host = entry == "step" and not (group.get("capturable") or group.get("fused"))
+    """Where torch keeps it: step counts on the CPU unless capturable or fused, the rest beside its parameter."""
+    on_host = entry in ("step", "mu_product") and not (group.get("capturable") or group.get("fused"))
     return torch.device("cpu") if on_host else parameter.device
 
 
@@ -217,5 +220,7 @@ def set_hyperparameters(group: dict[str, Any], saved: dict[str, Any]) -> None:
         if isinstance(group.get(name), torch.Tensor):
             with torch.no_grad():
                 group[name].copy_(torch.as_tensor(value))
+        elif isinstance(value, torch.Tensor) and isinstance(group.get(name), float):
+            group[name] = value.item()  # a learning rate is a tensor where the kernels of this machine want one
         else:
             group[name] = value

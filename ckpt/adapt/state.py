@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +19,10 @@ from urllib.parse import quote
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckpt import codec
-from ckpt.adapt.modules import is_parameter, module_state, set_extra_state
+from ckpt.adapt.modules import is_extra_state, is_parameter, module_state, set_extra_state
 from ckpt.adapt.tensors import Local, empty_like, local_of
 from ckpt.adapt.values import dtype_from_name, extend_decode, extend_encode
 from ckpt.adapt.wrappers import OnResize, Shard
@@ -58,10 +60,17 @@ class Collected:
 
     def add(self, path: Path, tensor: torch.Tensor | Shard, role: Role) -> None:
         key = key_of(path)
+        _refuse_opaque(key, tensor)
+        if not isinstance(tensor, Shard) and (tensor.is_conj() or tensor.is_neg()):
+            tensor = tensor.resolve_conj().resolve_neg()  # the bytes of a lazy view are not its values
         local = local_of(key, tensor, role)
-        if local.identity in self._seen:
-            self.aliases[key] = self._seen[local.identity]
+        stored = self._seen.get(local.identity)
+        if stored is not None and stored != key:
+            self.aliases[key] = stored
+        if stored is not None:
             return
+        if key in self.locals:
+            raise Incompatible(f"{key}: two different tensors of the state have this name. Rename one of them.")
         self._seen[local.identity] = key
         self.locals[key] = local
 
@@ -79,11 +88,13 @@ class Collected:
         self.rank_values[key_of(path)] = data
 
     def _refer(self, path: Path, value: object) -> Callable[[object], tuple[str, object] | None]:
-        names = dict(_tensor_names(value))
+        names: dict[int, Path] = {}
+        for tensor, at in _named_tensors(value):
+            names.setdefault(id(tensor), at)
 
         def extend(item: object) -> tuple[str, object] | None:
             if isinstance(item, torch.Tensor) and (isinstance(item, DTensor) or item.numel() > INLINE_ELEMENTS):
-                name = names[id(item)]
+                name = names.setdefault(id(item), (f"##{len(names)}",))
                 self.add((*path, *name), item, "tensor")
                 return "tensor_ref", key_of(name)
             return extend_encode(item)
@@ -108,27 +119,30 @@ def _encode(path: Path, value: object, extend: Callable[[object], tuple[str, obj
         raise Incompatible(f"{key_of(path)}: {error}") from error
 
 
-def _tensor_names(value: object, at: Path = ()) -> Iterator[tuple[int, Path]]:
-    """Readable names of the tensors inside a value: by key or index, `#n` where neither serves."""
+def _named_tensors(value: object, at: Path = ()) -> Iterator[tuple[torch.Tensor, Path]]:
+    """The tensors inside a value under readable names: by key or index, `#n` where neither serves."""
     if isinstance(value, torch.Tensor):
-        yield id(value), at or ("#0",)
+        yield value, at or ("#0",)
     elif isinstance(value, dict):
         for n, (key, item) in enumerate(value.items()):
-            yield from _tensor_names(item, (*at, component(key) if isinstance(key, str) else f"#{n}"))
-    elif isinstance(value, list | tuple):
+            yield from _named_tensors(item, (*at, component(key) if isinstance(key, str) else f"#{n}"))
+    elif isinstance(value, list | tuple | deque):
         for n, item in enumerate(value):
-            yield from _tensor_names(item, (*at, str(n)))
+            yield from _named_tensors(item, (*at, str(n)))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A value to be restored. `ranks` marks one that each rank has for itself."""
+    """A value to be restored. `early`: needed for validation, so applied before anything is read; it must not touch
+    the user's objects. `on_resize` is set for a value that each rank has for itself. `last`: after all others.
+    """
 
     key: str
     apply: Callable[[object], None]
     refs: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     on_resize: OnResize | None = None
     last: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,15 +180,24 @@ def _below(names: list[str], prefix: str) -> list[str]:
 
 @dataclass
 class Bound:
-    """Everything that one rank restores: memory to fill, values to set, and what to do when all is read."""
+    """Everything that one rank restores: memory to fill, values to set, and what to do when all is read.
+
+    `checks` run after the early values and before anything is read; each returns what does not fit, or None.
+    """
 
     locals: list[Local] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
+    checks: list[Callable[[], str | None]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def tensor(self, path: Path, tensor: torch.Tensor | Shard) -> None:
-        self.locals.append(local_of(key_of(path), tensor, "tensor"))
+        key = key_of(path)
+        _refuse_opaque(key, tensor)
+        local = local_of(key, tensor, "tensor")
+        if not isinstance(tensor, Shard | DTensor):
+            _refuse_shared_elements(key, tensor)
+        self.locals.append(local)
 
     def allocate(
         self, saved: Saved, key: str, like: torch.Tensor | Shard | None, device: torch.device
@@ -198,6 +221,22 @@ class Bound:
 
         self.locals.append(Local(key, spec, sharding, "tensor", local, object()))
         return whole_tensor
+
+
+def _refuse_opaque(key: str, tensor: torch.Tensor | Shard) -> None:
+    outer = tensor.tensor if isinstance(tensor, Shard) else tensor
+    if outer.is_nested or (is_traceable_wrapper_subclass(outer) and not isinstance(outer, DTensor)):
+        raise Incompatible(
+            f"{key}: a {type(outer).__name__} has no plain bytes of its own. Store the tensors it is made of, or put "
+            "it behind an object with state_dict() and load_state_dict()."
+        )
+
+
+def _refuse_shared_elements(key: str, tensor: torch.Tensor) -> None:
+    if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise Incompatible(f"{key}: an expanded tensor cannot be restored into. Pass tensor.contiguous() instead.")
+    if tensor.is_conj() or tensor.is_neg():
+        raise Incompatible(f"{key}: a lazy conjugate cannot be restored into. Pass the tensor behind it instead.")
 
 
 def _fresh(
@@ -244,7 +283,7 @@ class ModuleMember:
     def collect(self, out: Collected) -> None:
         for name, _, value in sorted(module_state(self.module), key=lambda item: item[0]):
             path = (*self.path, component(name))
-            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+            if isinstance(value, torch.Tensor) and not is_extra_state(name):
                 out.add(path, value, "parameter" if is_parameter(value) else "buffer")
             else:
                 out.add_value(path, value)
@@ -252,7 +291,7 @@ class ModuleMember:
     def bind(self, saved: Saved, out: Bound) -> None:
         for name, key, value in sorted(module_state(self.module), key=lambda item: item[0]):
             path = (*self.path, component(name))
-            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+            if isinstance(value, torch.Tensor) and not is_extra_state(name):
                 out.tensor(path, value)
             else:
                 _want(saved, out, path, lambda v, key=key: set_extra_state(self.module, key, v))  # type: ignore[misc]
@@ -315,26 +354,13 @@ def _want(saved: Saved, out: Bound, path: Path, apply: Callable[[Any], None], cu
     if key not in saved.values:
         out.missing.append(key)
         return
-    live = dict(_tensors_by_name(current))
+    live = {key_of(at): tensor for tensor, at in _named_tensors(current)}
     refs = {}
     for ref in saved.under(key):
         like = live.get(ref[len(key) + 1 :])
         device = like.device if like is not None else torch.device("cpu")
         refs[ref[len(key) + 1 :]] = out.allocate(saved, ref, like, device)
     out.wanted.append(Wanted(key, apply, refs))
-
-
-def _tensors_by_name(value: object) -> Iterator[tuple[str, torch.Tensor]]:
-    names = dict(_tensor_names(value))
-    todo: list[object] = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, torch.Tensor):
-            yield key_of(names[id(item)]), item
-        elif isinstance(item, dict):
-            todo.extend(item.values())
-        elif isinstance(item, list | tuple):
-            todo.extend(item)
 
 
 def decode_value(data: bytes, refs: dict[str, Callable[[], torch.Tensor]]) -> object:

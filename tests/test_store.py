@@ -1,0 +1,499 @@
+"""What every store must do (`StoreConformance`), what POSIX does underneath, and the run's directory on top.
+
+A new store passes the suite by a subclass of `StoreConformance` that says how to open it.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound, StorageError
+from ckpt.log import Request, Start, View, decide_start, encode_record
+from ckpt.run import RunDirectory, RunLog, open_store
+from ckpt.store import AlreadyExists, OutcomeUnknown, Store
+from ckpt.stores.posix import PosixStore
+
+ALL = 1 << 30
+REFUSED = (
+    "/etc",
+    "a//b",
+    "a/",
+    "../a",
+    "a/..",
+    "a/../b",
+    ".",
+    ".hidden",
+    "A",
+    "a b",
+    "a\n",
+    "a\0",
+    "a\\b",
+    "é",
+    "a" * 200,
+)
+
+
+class StoreConformance:
+    """Give it a fixture `open_again`: each call opens the same, at first empty, store anew."""
+
+    @pytest.fixture
+    def store(self, open_again: Callable[[], Store]) -> Store:
+        return open_again()
+
+    def test_create_is_exclusive_and_makes_parents(self, store: Store, open_again: Callable[[], Store]) -> None:
+        store.create("log/0000000000.json", b"first")
+        with pytest.raises(AlreadyExists, match=r"0000000000\.json.*Nothing was changed"):
+            open_again().create("log/0000000000.json", b"second")
+        assert open_again().read("log/0000000000.json", limit_bytes=ALL) == b"first"
+        assert store.list("log") == ["0000000000.json"]
+
+    @pytest.mark.parametrize("workers", ["processes", "threads"])
+    def test_one_of_32_racing_creators_wins(self, open_again: Callable[[], Store], workers: str) -> None:
+        open_again().make_directory("log")
+
+        def wins(number: int) -> bool:
+            store = open_again()
+            error = _caught(lambda: store.create("log/0000000007.json", _content(number)))
+            assert error is None or isinstance(error, AlreadyExists)
+            return error is None
+
+        results = _race(32, wins, workers)
+        assert sorted(results) == [0] * 31 + [1]
+        assert open_again().read("log/0000000007.json", limit_bytes=ALL) == _content(results.index(1))
+
+    def test_put_replaces_as_a_whole(self, store: Store) -> None:
+        store.put("steps/000000001.a/MANIFEST", b"one, a longer one")
+        store.put("steps/000000001.a/MANIFEST", b"two")
+        assert store.read("steps/000000001.a/MANIFEST", limit_bytes=ALL) == b"two"
+        assert store.size("steps/000000001.a/MANIFEST") == 3
+
+    def test_read_ranges(self, store: Store) -> None:
+        store.put("a", bytes(range(100)))
+        assert store.read("a", 10, 5, limit_bytes=5) == bytes(range(10, 15))
+        assert store.read("a", 90, limit_bytes=10) == bytes(range(90, 100))
+        assert store.read("a", 100, limit_bytes=0) == b""
+        with pytest.raises(Corrupt, match="at most 99"):
+            store.read("a", limit_bytes=99)
+        with pytest.raises(Corrupt, match=r"cut off; 11 bytes.*got 10"):
+            store.read("a", 90, 11, limit_bytes=ALL)
+
+    def test_what_is_missing_is_not_found(self, store: Store) -> None:
+        for operation in (lambda: store.read("a/b", limit_bytes=1), lambda: store.size("a"), lambda: store.list("a")):
+            with pytest.raises(NotFound):
+                operation()
+        assert not store.exists("a/b")
+        store.delete("a/b")
+
+    def test_list_is_sorted_and_complete(self, store: Store) -> None:
+        store.make_directory("steps/empty")
+        for name in ("b", "a", "FORMAT.json"):
+            store.create(name, b"")
+        assert store.list("") == ["FORMAT.json", "a", "b", "steps"]
+        assert store.list("steps/empty") == []
+        assert store.exists("steps/empty")
+
+    def test_delete(self, store: Store) -> None:
+        store.put("steps/x/MANIFEST", b"m")
+        store.put("steps/x/deep/er", b"d")
+        store.put("steps/x.kept", b"k")
+        store.delete("steps/x")
+        store.delete("steps/x.kept.not")
+        assert store.list("steps") == ["x.kept"]
+        store.delete("steps/x.kept")
+        store.put("steps/x/MANIFEST", b"again")
+        assert store.list("steps") == ["x"]
+
+    def test_directories_again(self, store: Store, open_again: Callable[[], Store]) -> None:
+        for each in (store, store, open_again()):
+            each.make_directory("steps/000000001.a")
+            each.sync_directory("steps/000000001.a")
+
+    @pytest.mark.parametrize("path", [*REFUSED, ""])
+    def test_paths_outside_the_grammar_are_refused(self, store: Store, path: str) -> None:
+        reads: list[Callable[..., object]] = [store.list, store.exists, store.make_directory, store.local_path]
+        for write in (store.create, store.put):
+            with pytest.raises(StorageError, match="refused the path"):
+                write(path, b"")
+        for operation in (store.delete, *(reads if path else ())):  # "" is the root: it can be listed
+            with pytest.raises(StorageError, match="refused the path"):
+                operation(path)
+        with pytest.raises(StorageError):
+            store.read(path, limit_bytes=1)
+
+
+class TestPosixStore(StoreConformance):
+    @pytest.fixture
+    def open_again(self, tmp_path: Path) -> Callable[[], Store]:
+        return lambda: PosixStore(str(tmp_path / "deep" / "run"))
+
+    def test_it_is_atomic(self, store: Store) -> None:
+        store.make_directory("")
+        assert store.capabilities.fences
+
+
+class TestPosixStoreWithoutHardLinks(StoreConformance):
+    @pytest.fixture
+    def open_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Store]:
+        monkeypatch.setattr(os, "link", _no_links)
+        return lambda: PosixStore(str(tmp_path / "run"))
+
+    def test_it_says_so(self, store: Store) -> None:
+        assert store.capabilities.fences  # nothing there to be probed, nothing to be fenced
+        store.make_directory("")
+        assert not store.capabilities.atomic_create
+        assert not store.capabilities.fences
+        assert store.capabilities.exclusive_create
+
+
+# POSIX underneath
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that matter for durability, as "call name", temporary names shortened to "tmp"."""
+    seen: list[str] = []
+    paths: dict[int, str] = {}
+
+    def short(path: object) -> str:
+        name = os.path.basename(str(path))
+        return "tmp" if name.startswith(".tmp-") else name
+
+    def record(name: str, describe: Callable[..., str]) -> None:
+        original = getattr(os, name)
+
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            if described := describe(*arguments):
+                seen.append(f"{name} {described}")
+            result = original(*arguments, **options)
+            if name == "open":
+                paths[result] = short(arguments[0])
+            return result
+
+        monkeypatch.setattr(os, name, wrapper)
+
+    record("open", lambda path, flags, *_: short(path) if flags & os.O_CREAT else "")
+    for name in ("write", "fsync"):
+        record(name, lambda fd, *_: paths[fd])
+    for name in ("link", "rename"):
+        record(name, lambda source, target: f"{short(source)} {short(target)}")
+    for name in ("mkdir", "unlink"):
+        record(name, lambda path, *_: short(path))
+    return seen
+
+
+def test_create_makes_everything_durable_in_order(tmp_path: Path, calls: list[str]) -> None:
+    store = PosixStore(str(tmp_path / "new" / "run"))
+    store.make_directory("")
+    assert calls == ["mkdir new", f"fsync {tmp_path.name}", "mkdir run", "fsync new"]
+    assert store.capabilities.atomic_create
+    calls.clear()
+    store.create("log/x", b"data")
+    made = ["open tmp", "write tmp", "fsync tmp", "link tmp x", "fsync log", "unlink tmp"]
+    assert calls == ["mkdir log", "fsync run", *made]
+    calls.clear()
+    store.create("log/y", b"data")
+    assert calls == [call.replace(" x", " y") for call in made]
+    calls.clear()
+    store.put("log/z", b"data")
+    assert calls[:5] == ["open tmp", "write tmp", "fsync tmp", "rename tmp z", "fsync log"]
+
+
+def test_a_directory_made_by_another_process_is_made_durable_too(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "log").mkdir()
+    calls.clear()
+    PosixStore(str(tmp_path)).make_directory("log")
+    assert calls[-1] == f"fsync {tmp_path.name}"
+
+
+@pytest.mark.parametrize("operation", ["create", "put"])
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_failure_at_any_call_leaves_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, hard_links: bool
+) -> None:
+    if not hard_links:
+        monkeypatch.setattr(os, "link", _no_links)
+    for number in range(100):
+        store = PosixStore(str(tmp_path / f"{number}"))
+        with monkeypatch.context() as patch:
+            fuse = _Fuse(patch, number)
+            error = _caught(lambda each=store: getattr(each, operation)("log/x", b"data"))  # type: ignore[misc]
+        if not fuse.blown:
+            assert number > 8
+            return
+        names = store.list("log") if store.exists("log") else []
+        if names and (hard_links or operation == "put"):
+            assert store.read("log/x", limit_bytes=ALL) == b"data"
+        assert names == ["x"] or error is not None
+        assert not names or error is None or isinstance(error, OutcomeUnknown), "it said that nothing was made"
+    pytest.fail("never ran through")
+
+
+class _Fuse:
+    """Makes the n-th call that touches the file system fail with EIO."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, number: int) -> None:
+        self.left, self.blown = number, False
+        for name in ("open", "write", "fsync", "link", "rename", "mkdir", "unlink"):
+            patch.setattr(os, name, self.wrap(getattr(os, name)))
+
+    def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == -1:
+                self.blown = True
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(*arguments, **options)
+
+        return wrapper
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")]
+)
+def test_errors_name_operation_path_and_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, hint: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    store = PosixStore(str(tmp_path))
+    monkeypatch.setattr(os, "write", fail)
+    for operation in (store.create, store.put):
+        with pytest.raises(StorageError, match=f"write {tmp_path}/.*{errno.errorcode[number]}.*{hint}"):
+            operation("x", b"data")
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_a_crash_are_not_listed(tmp_path: Path) -> None:
+    store = PosixStore(str(tmp_path))
+    store.create("log/0000000000.json", b"x")
+    (tmp_path / "log" / ".tmp-0123").write_bytes(b"half")
+    (tmp_path / "log" / ".nfs0001").write_bytes(b"")
+    (tmp_path / "log" / "README.TXT").write_bytes(b"")
+    assert store.list("log") == ["0000000000.json"]
+
+
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
+    store = PosixStore(str(tmp_path / "run"))
+    store.make_directory("steps")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "run" / "steps" / "away").symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="symbolic link"):
+        store.read("link", limit_bytes=ALL)
+    store.delete("steps/away")
+    store.delete("steps")
+    store.put("link", b"own")
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    assert store.read("link", limit_bytes=ALL) == b"own"
+
+
+def test_files_obey_the_umask_and_have_a_local_path(tmp_path: Path) -> None:
+    store = PosixStore(str(tmp_path))
+    before = os.umask(0o027)
+    try:
+        store.create("x", b"")
+    finally:
+        os.umask(before)
+    path = store.local_path("x")
+    assert path == str(tmp_path / "x")
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+
+
+# The run's directory and its log
+
+
+def a_request(nonce: str) -> Request:
+    return Request(nonce=nonce, verb="pin", arguments={})
+
+
+class Faulty(PosixStore):
+    """The next creates of a slot do as `plan` says: win, lose the reply, never arrive, arrive after the read back."""
+
+    def __init__(self, root: str, *plan: str) -> None:
+        super().__init__(root)
+        self.plan = list(plan)
+        self.late: tuple[str, bytes] | None = None
+        self.synced: list[str] = []
+
+    def create(self, path: str, data: bytes) -> None:
+        fault = self.plan.pop(0) if self.plan and path.startswith("log/") else "win"
+        if self.late:
+            super().create(*self.late)
+            self.late = None
+        if fault in ("win", "reply lost"):
+            super().create(path, data)
+        elif fault == "late":
+            self.late = (path, data)
+        if fault != "win":
+            raise OutcomeUnknown(fault)
+
+    def sync_directory(self, path: str) -> None:
+        self.synced.append(path)
+
+
+@pytest.mark.parametrize(
+    "plan", [("win",), ("reply lost",), ("never",), ("never", "never"), ("late",), ("late", "reply lost")]
+)
+def test_append_stands_exactly_once_whatever_the_reply(tmp_path: Path, plan: tuple[str, ...]) -> None:
+    RunDirectory.open(tmp_path, create=True).log.append(lambda view: a_request("earlier"))
+    store = Faulty(str(tmp_path), *plan)
+    log = RunLog(store, sleep=lambda _: None)
+    assert log.append(lambda view: a_request("mine")).nonce == "mine"
+    assert [request.nonce for _, request in RunLog(open_store(tmp_path)).read().requests] == ["earlier", "mine"]
+    assert store.synced == (["log"] if plan[-1] in ("reply lost", "late") else [])  # before it is acknowledged
+    assert log.view == log.read() == RunLog(open_store(tmp_path)).read()
+
+
+def test_append_that_never_learns_its_outcome_says_so(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, create=True)
+    with pytest.raises(OutcomeUnknown):
+        RunLog(Faulty(str(tmp_path), *["never"] * 9), sleep=lambda _: None).append(lambda view: a_request("mine"))
+
+
+def test_the_loser_of_a_slot_decides_again(tmp_path: Path) -> None:
+    log = RunDirectory.open(tmp_path, create=True).log
+
+    def decide(view: View) -> Start:
+        if not view.next_slot:  # somebody is faster
+            RunLog(open_store(tmp_path)).append(lambda other: decide_start(other, nonce="b", run_id=None, reason="b"))
+        return decide_start(view, nonce="a", run_id=None, reason="a", expected_generation=0)
+
+    with pytest.raises(Fenced, match="generation 0, but the current one is 1"):
+        log.append(decide)
+    with pytest.raises(ValueError, match=r"without effect.*starts generation 9"):
+        log.append(lambda view: Start(**(msgspec.structs.asdict(log.view.starts[0]) | {"generation": 9})))
+    assert log.read().next_slot == 1
+
+
+def test_processes_that_append_at_once_all_stand_once(tmp_path: Path) -> None:
+    RunDirectory.open(tmp_path, create=True)
+    slots = _race(12, lambda n: len(RunLog(open_store(tmp_path)).append(lambda _: a_request(f"n{n}")).nonce))
+    assert -1 not in slots
+    nonces = [request.nonce for _, request in RunLog(open_store(tmp_path)).read().requests]
+    assert sorted(nonces) == sorted(f"n{n}" for n in range(12))
+
+
+def test_damaged_logs_are_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunDirectory.open(tmp_path, create=True).log
+    for nonce in "abc":
+        log.append(lambda _, nonce=nonce: a_request(nonce))  # type: ignore[misc]
+    slot = tmp_path / "log" / "0000000001.json"
+    slot.write_bytes(encode_record(a_request("b"))[:-5])
+    with pytest.raises(Corrupt, match=r"0000000001\.json.*cut off"):
+        RunLog(open_store(tmp_path)).read()
+    with monkeypatch.context() as patch:  # without hard links it is a void slot
+        patch.setattr(os, "link", _no_links)
+        view = RunLog(open_store(tmp_path), sleep=lambda _: None).read()
+    assert (view.next_slot, len(view.requests), view.ignored[0].entry) == (3, 2, None)
+    slot.unlink()
+    with pytest.raises(Corrupt, match=r"0000000001\.json is missing although later records exist"):
+        RunLog(open_store(tmp_path)).read()
+    shutil.rmtree(tmp_path / "log")
+    with pytest.raises(Corrupt, match="had 3 records and now has 0"):
+        log.read()
+
+
+def test_open_reads_later_minor_versions(tmp_path: Path) -> None:
+    (tmp_path / "FORMAT.json").write_bytes(b'{"name":"holdfast","major":1,"minor":7,"nonce":"a","later":[]}')
+    assert RunDirectory.open(tmp_path).format.minor == 7
+
+
+def test_open_makes_a_run_once(tmp_path: Path) -> None:
+    url = str(tmp_path / "a" / "run")
+    with pytest.raises(NotFound, match=f"no checkpoint at {url}"):
+        RunDirectory.open(url)
+    assert not (tmp_path / "a").exists()
+    nonces = _race(8, lambda _: int(RunDirectory.open(url, create=True).nonce[:7], 16))
+    assert {int(RunDirectory.open(url).nonce[:7], 16)} == set(nonces)
+    run = RunDirectory.open(f"file://{url}")
+    run.store.make_directory(run.attempt_path("000000200.a"))
+    run.store.make_directory(run.attempt_path("000000100.b"))
+    run.store.make_directory("steps/other")
+    assert run.attempts() == ["000000100.b", "000000200.a"]
+    assert run.attempt_path("000000200.a", "MANIFEST") == "steps/000000200.a/MANIFEST"
+    with pytest.raises(ValueError, match="not an attempt's name"):
+        run.attempt_path("../x")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b'{"name":"holdfast","major":2,"minor":0,"nonce":"a"}', Incompatible, "format 2.0; this version.*reads 1.x"),
+        (b'{"name":"other","major":1,"minor":0,"nonce":"a"}', Incompatible, "another program"),
+        (b'{"name":"holdfast"}', Corrupt, "cannot be read"),
+        (b"", Corrupt, "cannot be read"),
+        (b"x" * 5000, Corrupt, "at most 4096"),
+        (b'{"name":"holdfast","major":1,"minor":0,"nonce":"../a"}', Corrupt, "nonce"),
+        (None, Corrupt, "missing although there is a log"),
+    ],
+)
+def test_open_refuses_what_it_cannot_read(
+    tmp_path: Path, content: bytes | None, error: type[CkptError], message: str
+) -> None:
+    RunDirectory.open(tmp_path, create=True).log.append(lambda _: a_request("a"))
+    path = tmp_path / "FORMAT.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    for create in (False, True):
+        with pytest.raises(error, match=message):
+            RunDirectory.open(tmp_path, create=create)
+
+
+def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store("a/../run").url == str(tmp_path / "run")
+    assert open_store("file:///a%20b/run").url == "/a b/run"
+    for url in ("s3://bucket/run", "gs://bucket/run", "memory://run", "simplecache::s3://bucket/run"):
+        with pytest.raises(StorageError, match="Object stores are not supported yet in this version"):
+            open_store(url)
+    for url in ("", "file://host/run"):
+        with pytest.raises(StorageError, match="expected a path"):
+            open_store(url)
+
+
+# Helpers
+
+
+def _caught(operation: Callable[[], object]) -> StorageError | None:
+    try:
+        operation()
+    except StorageError as error:
+        return error
+    return None
+
+
+def _no_links(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def _content(number: int) -> bytes:
+    return bytes([number]) * 5000
+
+
+def _race(count: int, work: Callable[[int], int], workers: str = "processes") -> list[int]:
+    """Results of `work(0)`, ..., `work(count - 1)`, all let go at the same moment; -1 for one that failed."""
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Array("i", [-1] * count)
+    barrier = context.Barrier(count) if workers == "processes" else threading.Barrier(count)
+
+    def run(number: int) -> None:
+        barrier.wait(60)
+        results[number] = work(number)
+
+    make: Callable[..., Any] = context.Process if workers == "processes" else threading.Thread
+    racers = [make(target=run, args=(number,)) for number in range(count)]
+    for act in ("start", "join"):
+        for racer in racers:
+            getattr(racer, act)()
+    return list(results)

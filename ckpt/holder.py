@@ -187,4 +187,8 @@ def _is_gone(holder: Start | None) -> bool:
     """Whether the holder's process certainly no longer runs: same boot of this machine, and no such process."""
     if holder is None or not holder.boot_id or holder.boot_id != _boot_id() or holder.host != socket.gethostname():
         return False
-    return not Path(f"/proc/{holder.pid}").exists()
+    try:
+        state = Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"  # dead, and not yet collected by its parent

@@ -153,7 +153,8 @@ class OptimizerMember:
             self.optimizer.state.pop(parameter, None)
             return
         names = {component(str(name)): name for name in self.optimizer.state.get(parameter, {})}
-        self.optimizer.state[parameter] = {names.get(name, unquote(name)): get() for name, get in fresh.items()}
+        order = [*(name for name in names if name in fresh), *(name for name in fresh if name not in names)]
+        self.optimizer.state[parameter] = {names.get(name, unquote(name)): fresh[name]() for name in order}
 
 
 def bind_groups(

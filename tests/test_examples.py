@@ -1,0 +1,47 @@
+"""The examples run as a user would run them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ckpt
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=ENVIRONMENT).stdout
+
+
+def test_the_minimal_example_goes_on_after_a_kill(tmp_path: Path) -> None:
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    undisturbed = _run("minimal.py", whole, "4000")
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "minimal.py"), killed, "4000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step   1000")
+        assert process.stdout.readline().startswith("step   2000")
+        process.send_signal(signal.SIGKILL)
+    assert ckpt.Checkpointer(killed).latest_step() in (1000, 2000)
+    assert _run("minimal.py", killed, "4000").splitlines()[-1] == undisturbed.splitlines()[-1]
+
+
+def test_a_page_without_the_library_reads_the_format() -> None:
+    golden = Path(__file__).parent / "golden" / "v1"
+    printed = _run("read_format.py", str(golden)).splitlines()
+    assert printed[0] == "step 7"
+    shown = {line.split("  ")[0]: line for line in printed[1:]}
+    loaded = {key: value for key, value in ckpt.load(golden).items() if hasattr(value, "dtype")}
+    assert set(shown) == set(loaded)
+    assert shown["uneven"].endswith("torch.float32  [7, 5]  sum 595")
+    assert shown["declared"].endswith("torch.int64  [8]  sum 28")

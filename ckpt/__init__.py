@@ -28,7 +28,7 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.load import load
-from ckpt.log import Commit
+from ckpt.records import Commit
 
 __all__ = [
     "Checkpointer",

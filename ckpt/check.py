@@ -27,9 +27,10 @@ from ckpt.adapt import decode_value
 from ckpt.adapt.values import dtype_from_name
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
 from ckpt.layout import OWNERSHIP, World, owned_by
-from ckpt.log import Commit, Unknown, View, slot_name
+from ckpt.log import View
 from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, digest, part_name
 from ckpt.plan import RUN_BYTES, SAFETENSORS_DTYPE, Segment, entry_name
+from ckpt.records import Commit, Unknown, slot_name
 from ckpt.restorer import StepReader
 from ckpt.run import LOG, RunDirectory
 from ckpt.slices import Slice, cover_fault, whole
@@ -117,8 +118,10 @@ class _Check:
         self._lost: list[str] = []  # parts that cannot be read
 
     def findings(self) -> Iterator[Finding]:
+        commit = self._commit
         try:
-            reader = StepReader(self._run, self._commit)
+            data = self._read("MANIFEST", commit.manifest_bytes, bytes.fromhex(commit.manifest_digest), "commit record")
+            reader = StepReader(self._run, commit, data)
         except CkptError as error:
             yield self._broken(self._file("MANIFEST"), error)
             return
@@ -178,13 +181,18 @@ class _Check:
             yield from (Finding(data_file, problem, key) for key, problem in self._data_faults(rank, part))
         self._advance(done + ref.part_bytes + ref.data_bytes - self._done)
 
+    def _read(self, name: str, nbytes: int, expected: bytes, named_by: str) -> bytes:
+        """A file of metadata whose size and digest are known. Raises NotFound, Corrupt, StorageError."""
+        data = self._run.store.read(self._file(name), limit_bytes=PART_LIMIT_BYTES)
+        if len(data) != nbytes:
+            raise Corrupt(f"has {len(data)} bytes, the {named_by} says {nbytes}")
+        if digest(data) != expected:
+            raise Corrupt(f"its bytes do not match the digest in the {named_by}")
+        return data
+
     def _read_part(self, rank: int, file: str) -> Part:
         ref = self._manifest.parts[rank]
-        data = self._run.store.read(file, limit_bytes=PART_LIMIT_BYTES)
-        if len(data) != ref.part_bytes:
-            raise Corrupt(f"has {len(data)} bytes, the MANIFEST says {ref.part_bytes}")
-        if digest(data) != ref.part_digest:
-            raise Corrupt("its bytes do not match the digest in the MANIFEST")
+        data = self._read(part_name(rank), ref.part_bytes, ref.part_digest, "MANIFEST")
         part = decode_part(data, file)
         if (part.rank, part.attempt, part.data_bytes) != (rank, self._commit.attempt, ref.data_bytes):
             raise Corrupt(f"is the part of rank {part.rank} of attempt {part.attempt}")

@@ -19,11 +19,12 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ckpt.agreement import Signal, on_first
+from ckpt.agreement import Signal, on_first, together
 from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound, SaveFailed
 from ckpt.holder import Holder, find_commit
-from ckpt.log import HEAD, Commit, View
+from ckpt.log import HEAD, View
 from ckpt.ranks import Ranks, connect
+from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
 from ckpt.run import RunDirectory
 from ckpt.saver import Saver
@@ -99,14 +100,13 @@ class Checkpointer:
         self._ranks: Ranks = connect(commit_timeout_s)
         self._holder: Holder | None = None
 
-        def open_run() -> bytes:
+        def open_first() -> RunDirectory:
             run = RunDirectory.open(url, create=True)
             _check_fencing(run, strict_fencing)
             self._holder = Holder(run, run_id=run_id or _run_id(), takeover=takeover)
-            return b""
+            return run
 
-        on_first(self._ranks, open_run)
-        self._run = self._holder.run if self._holder else RunDirectory.open(url)
+        self._run = _open_on_all(self._ranks, url, open_first)
         self._saver = Saver(self._ranks, self._run, self._holder)
         self._metrics: dict[str, float] = {}
         self._saved_at = time.monotonic()
@@ -176,7 +176,8 @@ class Checkpointer:
         the run goes on from there, also if it dies before its next save. Everything in the state must be in the step
         and the other way round, in shape and dtype, or it is one `Incompatible` error; `strict=False` skips what is
         missing on either side, `only` restores just keys at or below these paths, `rename` maps stored key prefixes
-        to those of the state, `cast` converts dtypes.
+        to those of the state (optimizers name parameters below `optim/state/` and `optim/group_of/` too), `cast`
+        converts dtypes.
         """
         self._check_open()
         relaxed = Relaxed(strict, tuple(only) if only is not None else None, rename, cast)
@@ -223,7 +224,7 @@ class Checkpointer:
         early (exit with the usual code 143 if `stopped`). Leaving the loop by `break` does not save.
         """
         first = self.restore(state, required=required) or 0
-        self._stop_asked = False
+        self._stop_asked = self.stopped = False
         with _sigterm(self._ask_to_stop), _progress(first, total, self._ranks.rank) as advance:
             pending = None
             for step in range(first, total):
@@ -288,7 +289,7 @@ class Checkpointer:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise SaveFailed(f"this Checkpointer of {self.url} is closed; make a new one")
+            raise CkptError(f"this Checkpointer of {self.url} is closed; make a new one")
 
 
 # Readers
@@ -313,8 +314,7 @@ def restore(
     """
     ranks = connect(timeout_s)
     try:
-        run_url = on_first(ranks, lambda: RunDirectory.open(url).url.encode()).decode()
-        run = RunDirectory.open(run_url)
+        run = _open_on_all(ranks, url, lambda: RunDirectory.open(url))
         relaxed = Relaxed(strict, tuple(only) if only is not None else None, rename, cast)
         chosen = _choose(ranks, lambda: find_commit(run.log.read(), step), run, True)
         assert chosen is not None
@@ -363,7 +363,7 @@ def _choose(ranks: Ranks, choose: Callable[[], Commit | None], run: RunDirectory
     def act() -> bytes:
         commit = choose()
         if commit is None and required:
-            raise NotFound(f"there is no checkpoint in {run.url}")
+            raise NotFound(f"there is no checkpoint in {run.url} yet. `ckpt ls {run.url}` shows what it holds.")
         return msgspec.msgpack.encode(commit)
 
     return msgspec.msgpack.decode(on_first(ranks, act), type=Commit | None)
@@ -393,6 +393,33 @@ def _restore_or_fall_back(
             if ranks.rank == 0:
                 log.warning("step %d is damaged, falling back to step %d: %s", commit.step, older.step, error)
             commit = older
+
+
+def _open_on_all(ranks: Ranks, url: str | os.PathLike[str], open_first: Callable[[], RunDirectory]) -> RunDirectory:
+    """The run that rank 0 opens, on every rank; `Incompatible` where another rank finds nothing or another run."""
+    opened: list[RunDirectory] = []
+
+    def first() -> bytes:
+        opened.append(open_first())
+        return opened[0].nonce.encode()
+
+    nonce = on_first(ranks, first).decode()
+
+    def mine() -> RunDirectory:
+        try:
+            run = opened[0] if opened else RunDirectory.open(url)
+        except NotFound as error:
+            raise Incompatible(
+                f"rank {ranks.rank} does not see the run that rank 0 opened: {error} {_SHARED}"
+            ) from error
+        if run.nonce != nonce:
+            raise Incompatible(f"rank {ranks.rank} finds another run at {run.url} than rank 0. {_SHARED}")
+        return run
+
+    return together(ranks, mine)
+
+
+_SHARED = "All nodes must see one directory (NFS, Lustre, a disk of the only node); nothing was written."
 
 
 def _older(lineage: list[Commit], commit: Commit) -> Commit | None:

@@ -31,8 +31,9 @@ from ckpt.check import Finding, Report, Values, check_log, check_step
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.holder import find_commit
 from ckpt.layout import World
-from ckpt.log import Commit, View
+from ckpt.log import View
 from ckpt.manifest import Part, placement_code
+from ckpt.records import Commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 from ckpt.sharding import Declared, OnMesh, Sharding
@@ -79,17 +80,19 @@ def list_steps(url: str, as_json: bool) -> None:
     \b
     Examples:
       ckpt ls /data/run
-      ckpt ls /data/run --json | jq -r '.steps[] | [.step, .metrics.val_loss] | @tsv'
+      ckpt ls /data/run --json | jq '.steps[] | [.step, .metrics.val_loss]'
 
     \b
     --json prints
       {"url": str, "generation": int, "head": int | null, "deleted": int,
-       "steps":       [STEP, ...]     the lineage, oldest first
-       "outside":     [STEP, ...]     committed, not in the lineage
-       "uncommitted": [{"attempt": str, "step": int, "nbytes": int, "unix_s": float}, ...]}
-      STEP = {"step": int, "generation": int, "attempt": str, "parent": str | null, "unix_s": float,
-              "nbytes": int, "world": int, "content_digest": str, "metrics": {str: float}, "pins": [str]}
-      Metrics that are not finite are the strings "nan", "inf" and "-inf".
+       "steps": [STEP, ...],     the lineage, oldest first
+       "outside": [STEP, ...],   committed, not in the lineage
+       "uncommitted": [{"attempt": str, "step": int, "nbytes": int,
+                        "unix_s": float}, ...]}
+      STEP = {"step": int, "generation": int, "attempt": str,
+              "parent": str | null, "unix_s": float, "nbytes": int,
+              "world": int, "content_digest": str,
+              "metrics": {str: float, or "nan", "inf", "-inf"}, "pins": [str]}
     """
     run, view = _open(url)
     listing = _listing(run, view)
@@ -147,7 +150,7 @@ def _print_listing(listing: Json) -> None:
         _print("\nOutside of the lineage, not restored:")
         table = _table("step", "gen", "age", "size", "world", "attempt", "why", right="step gen age size world")
         for found in listing["outside"]:
-            table.add_row(*_common(found), found["attempt"], "left behind: the run went back")
+            table.add_row(*_common(found), found["attempt"], "left by going back")
         for found in listing["uncommitted"]:
             table.add_row(*_common(found), found["attempt"], "no commit record")
         _print(table)
@@ -180,19 +183,14 @@ def show(url: str, step: int | None, as_json: bool) -> None:
     \b
     --json prints
       {"url": str, STEP as in `ckpt ls --json`, "head": bool,
-       "tensors": [{"key": str, "dtype": str, "shape": [int], "nbytes": int, "sharding": str,
-                    "shards": int, "ranks": [int]}, ...]
-       "tied": {other name: key}, "values": {name: str}, "rank_values": {name: [rank, ...]}}
+       "tensors": [{"key": str, "dtype": str, "shape": [int], "nbytes": int,
+                    "sharding": str, "shards": int, "ranks": [int]}, ...],
+       "tied": {other name: key}, "values": {name: str},
+       "rank_values": {name: [rank, ...]}}
       Values are shown as Python writes them, shortened.
     """
     run, view = _open(url)
-    commit = _find(run, view, step)
-    try:
-        found = _describe(run, view, commit)
-    except (Corrupt, NotFound) as error:
-        still = f"The other steps may be intact. `ckpt check {run.url} --step {commit.step}` names all the damage."
-        raise Corrupt(f"{error}\n{still}") from error
-    _output(found, as_json, _print_step)
+    _output(_describe(run, view, _find(run, view, step)), as_json, _print_step)
 
 
 def _describe(run: RunDirectory, view: View, commit: Commit) -> Json:
@@ -302,11 +300,11 @@ def check(url: str, step: int | None, every: bool, as_json: bool) -> None:
     \b
     --json prints
       {"url": str, "ok": bool, "log": [FINDING, ...],
-       "steps": [{"step": int, "attempt": str, "nbytes": int, "world": int, "ok": bool,
-                  "complete": bool        false: there is more than the 100 findings listed
-                  "findings": [FINDING, ...]}, ...]}
-      FINDING = {"file": str, relative to the run, "tensor": str | null, "problem": str}
-      The exit code is 12 if "ok" is false.
+       "steps": [{"step": int, "attempt": str, "nbytes": int, "world": int,
+                  "ok": bool, "complete": bool, "findings": [FINDING, ...]}]}
+      FINDING = {"file": str, relative to the run,
+                 "tensor": str | null, "problem": str}
+      "complete" is false where there is more than the 100 findings listed.
     """
     if every and step is not None:
         raise click.UsageError("--step and --all exclude each other")
@@ -380,7 +378,8 @@ def _verdict(run: RunDirectory, reports: Sequence[Report], log_findings: Sequenc
     if not damaged:
         records = _count(len(log_findings), "record")
         return f"{run.url}: {records} of the log without effect: steps may be missing; see `ckpt ls {run.url}`"
-    what = f"{run.url}: step {', '.join(map(str, damaged))} is damaged."
+    many = "steps {} are" if len(damaged) > 1 else "step {} is"
+    what = f"{run.url}: {many.format(', '.join(map(str, damaged)))} damaged."
     if intact:
         return f"{what} Intact: {', '.join(map(str, intact))}; restore(state, step={intact[-1]}) goes back there."
     older = f"Older steps may be intact: `ckpt check {run.url} --all` tells"
@@ -400,7 +399,7 @@ def _find(run: RunDirectory, view: View, step: int | None) -> Commit:
     try:
         return find_commit(view, step)
     except NotFound as error:
-        raise NotFound(f"{run.url}: {error}. `ckpt ls {run.url}` shows what else lies there") from None
+        raise NotFound(f"{run.url}: {error}") from None
 
 
 def _plain(text: str) -> str:

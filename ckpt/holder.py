@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from ckpt.errors import CkptError, Corrupt, NotFound
-from ckpt.log import HEAD, Commit, Start, View, attempt_name, decide_commit, decide_start, parse_attempt
+from ckpt.log import HEAD, View, decide_commit, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
     PART_LIMIT_BYTES,
@@ -25,6 +25,7 @@ from ckpt.manifest import (
     encode_manifest,
     part_name,
 )
+from ckpt.records import Commit, Start, attempt_name, parse_attempt
 from ckpt.run import RunDirectory
 
 log = logging.getLogger("ckpt")
@@ -156,7 +157,8 @@ def find_commit(view: View, step: int | None) -> Commit:
         if commit.step == step:
             return commit
     known = ", ".join(str(commit.step) for commit in lineage[-8:]) or "none"
-    raise NotFound(f"there is no {'checkpoint' if step is None else f'step {step}'} in this run; newest steps: {known}")
+    what = "checkpoint" if step is None else f"step {step}"
+    raise NotFound(f"there is no {what} in this run; newest steps: {known}. `ckpt ls` lists all.")
 
 
 def _probe(attempt: str, step: int) -> dict[str, object]:

@@ -181,7 +181,7 @@ def cover_faults(world: World) -> list[str]:
     The proof is symbolic: each distinct combination of shardings and shape is checked once, whatever the
     number of tensors or of saves, and pieces are compared only where ranks declared them or grids differ.
     """
-    faults: list[str] = []
+    faults = _tie_faults(world)
     misfits: dict[tuple[Mesh, tuple[int, ...]], str | None] = {}
     proved: dict[object, str | None] = {}
     for key, instances in world.instances.items():
@@ -198,6 +198,16 @@ def cover_faults(world: World) -> list[str]:
         if fault := proved[question]:
             faults.append(f"{key}: {fault}")
     return faults
+
+
+def _tie_faults(world: World) -> list[str]:
+    """Ties that not all ranks see alike: one of the tensors would not be stored."""
+    found = {(alias, key) for layout in world.layouts for alias, key in layout.aliases}
+    return [
+        f"{alias}: some ranks hold it tied to {key}, others as another tensor"
+        for alias, key in sorted(found)
+        if alias in world.specs or world.aliases[alias] != key
+    ]
 
 
 def _mesh_misfit(
@@ -364,6 +374,20 @@ def _own_groups(world: World, entry: Entry, rank: int) -> Iterator[tuple[tuple[P
     for group in held(world, entry.key, mine[0].box):
         if group.pieces == mine:
             yield group.pieces, group.ranks
+
+
+def replicas(world: World, rank: int) -> Iterator[tuple[tuple[int, ...], str]]:
+    """(ranks, key) of what `rank` holds like others by nothing but its name: to be compared, not believed.
+
+    Left out are the replicas of a DTensor on one mesh, which torch made equal. Tensors of the same name on several
+    meshes may be those of pipeline stages that know nothing of each other.
+    """
+    for entry in world.layout(rank).entries:
+        if isinstance(entry.sharding, OnMesh) and len(world.instances[entry.key]) == 1:
+            continue
+        for _, ranks in _own_groups(world, entry, rank):
+            if len(ranks) > 1:
+                yield ranks, entry.key
 
 
 def _ranks_alike(world: World, sharding: Sharding, layouts: tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -31,21 +31,14 @@ def load(url: str | os.PathLike[str], *, step: int | None = None, keys: Sequence
     run = RunDirectory.open(url)
     reader = StepReader(run, find_commit(run.log.read(), step))
     chosen = tuple(keys) if keys is not None else None
-    world = reader.manifest.world
-    aliases = {alias: key for alias, key in world.aliases.items() if selected(alias, chosen)}
-    tensors = _tensors(reader, sorted({k for k in world.specs if selected(k, chosen)} | set(aliases.values())))
-    names = [key for key in world.specs if selected(key, chosen)]
-    loaded: dict[str, Any] = {key: tensors[key] for key in names} | {a: tensors[k] for a, k in aliases.items()}
-    for name, owner in world.value_owner.items():
-        if selected(name, chosen):
-            refs = {
-                key[len(name) + 1 :]: _tensors(reader, [world.aliases.get(key, key)]).popitem()[1]
-                for key in (*world.specs, *world.aliases)
-                if key.startswith(name + "/")
-            }
-            loaded[name] = decode_value(
-                reader.part(owner).values[name], {ref: partial(torch.Tensor.detach, t) for ref, t in refs.items()}
-            )
+    saved, _ = reader.saved()
+    names = [key for key in (*saved.specs, *saved.aliases) if selected(key, chosen)]
+    tensors = _tensors(reader, sorted({saved.stored(key) for key in names}))
+    loaded: dict[str, Any] = {key: tensors[saved.stored(key)] for key in names}
+    for name, owner in reader.manifest.world.value_owner.items():
+        if selected(name, chosen):  # and then what lies below it
+            refs = {key[len(name) + 1 :]: partial(loaded.__getitem__, key) for key in saved.under(name)}
+            loaded[name] = decode_value(reader.part(owner).values[name], refs)
     if chosen is not None and not loaded:
         raise NotFound(f"step {reader.commit.step} of {run.url} holds none of {list(chosen)}; `ckpt show` lists keys")
     return dict(sorted(loaded.items()))

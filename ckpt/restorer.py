@@ -18,12 +18,12 @@ from ckpt.adapt.members import selected
 from ckpt.adapt.values import dtype_name
 from ckpt.agreement import together
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
-from ckpt.log import Commit
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
     PART_LIMIT_BYTES,
     Manifest,
     Part,
+    check_part,
     data_name,
     decode_manifest,
     decode_part,
@@ -32,6 +32,7 @@ from ckpt.manifest import (
 )
 from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
 from ckpt.ranks import Ranks
+from ckpt.records import Commit
 from ckpt.run import RunDirectory
 from ckpt.sharding import TensorSpec, pieces_of
 from ckpt.transfer import read_data
@@ -88,8 +89,12 @@ class StepReader:
             if len(data) != ref.part_bytes or digest(data) != ref.part_digest:
                 raise self._damaged(name, "its bytes are not those that the MANIFEST names")
             part = decode_part(data, self._where(name))
-            if part.rank != rank or part.attempt != self.commit.attempt or part.data_bytes != ref.data_bytes:
-                raise self._damaged(name, "it is the part of another attempt or rank")
+            check_part(part, self.manifest, rank, self._where(name))
+            world = self.manifest.world
+            layout = world.layout(rank)
+            lacking = {value for value in layout.values if world.value_owner[value] == rank} - set(part.values)
+            if lacking := lacking | (set(layout.rank_values) - set(part.rank_values)):
+                raise self._damaged(name, f"it lacks the value {min(lacking)}")
             self._parts[rank] = part
         return self._parts[rank]
 
@@ -282,6 +287,8 @@ def _plan_reads(
 
 def _read(reader: StepReader, reads: _Reads) -> None:
     read_data(reader.data_path, reads.fill, reads.fill_tensors)
+    if reads.fill_tensors:
+        torch.autograd.graph.increment_version(reads.fill_tensors)  # autograd notices a restore inside a graph
     read_data(reader.data_path, reads.compare, reads.compare_tensors)
 
 
@@ -299,6 +306,11 @@ def _stored_value(reader: StepReader, wanted: Wanted, name: str, ranks: Ranks) -
             return [reader.part(world.value_owner[name]).values[name]]
         holders = [rank for rank in range(world.size) if name in world.layout(rank).rank_values]
         if world.size == ranks.size:
+            if ranks.rank not in holders:
+                raise Incompatible(
+                    f"missing in the checkpoint: {wanted.key} of rank {ranks.rank}; only ranks {holders[:8]} of "
+                    f"{world.size} stored one. Nothing was touched."
+                )
             holders = [ranks.rank]
         elif not callable(wanted.on_resize):
             holders = holders[:1]

@@ -18,7 +18,8 @@ from urllib.parse import unquote
 import msgspec
 
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
-from ckpt.log import (
+from ckpt.log import View
+from ckpt.records import (
     RECORD_LIMIT_BYTES,
     Commit,
     Entry,
@@ -26,7 +27,6 @@ from ckpt.log import (
     Request,
     Retire,
     Start,
-    View,
     decode_record,
     encode_record,
     is_incomplete,

@@ -14,11 +14,10 @@ from typing import Any
 import msgspec
 
 from ckpt.adapt import Collected, Local, bytes_view, collect_state
-from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together
+from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together, together
 from ckpt.errors import CkptError, DeadlineExceeded, Incompatible, SaveFailed
 from ckpt.holder import Holder
-from ckpt.layout import OWNERSHIP, Layout, World, cover_faults
-from ckpt.log import Commit
+from ckpt.layout import OWNERSHIP, Layout, World, cover_faults, replicas
 from ckpt.manifest import (
     Chunk,
     Manifest,
@@ -33,8 +32,8 @@ from ckpt.manifest import (
 )
 from ckpt.plan import SavePlan, plan_save
 from ckpt.ranks import Ranks
+from ckpt.records import Commit
 from ckpt.run import RunDirectory
-from ckpt.sharding import OnMesh, Sharding
 from ckpt.transfer import write_data
 
 log = logging.getLogger("ckpt")
@@ -115,38 +114,31 @@ class Saver:
                 "global_shape, offset); what differs on purpose goes into ckpt.PerRank(obj)."
             )
         self._check_replicas(world, collected)
-        self._plan = plan_save(world, self._ranks.rank)
+        self._plan = together(self._ranks, lambda: plan_save(world, self._ranks.rank))
         self._world, self._layout_bytes = world, layout_bytes
 
     def _check_replicas(self, world: World, collected: Collected) -> None:
-        """Plain tensors that several ranks hold must be byte-equal; of differing buffers the lowest rank's counts."""
-        plain: list[tuple[str, Sharding]] = sorted(
-            (
-                (key, sharding)
-                for key, instances in world.instances.items()
-                for sharding, layouts in instances.items()
-                if not isinstance(sharding, OnMesh) and len(world.ranks_holding(layouts)) > 1
-            ),
-            key=lambda question: (question[0], repr(question[1])),
-        )
-        digests = [self._local_digest(collected.locals.get(key), sharding) for key, sharding in plain]
-        different = [plain[i][0] for i in disagreements(self._ranks, digests)]
-        buffers = sorted(world.buffers.intersection(different))
-        if rest := sorted(set(different) - world.buffers):
+        """Tensors that several ranks hold by the same name must be byte-equal; of buffers the lowest rank's count."""
+        groups = _replica_groups(world, self._ranks.rank)
+        keys = {key for keys in groups.values() for key in keys}
+        digests = together(self._ranks, lambda: {key: _local_digest(collected.locals[key]) for key in sorted(keys)})
+        said = [group + digest8(b"".join(digests[key] for key in keys)) for group, keys in groups.items()]
+        questions = [
+            (group, key)
+            for group, rank in sorted(_disagreeing(self._ranks.gather(b"".join(said))).items())
+            for key in _replica_groups(world, rank)[group]
+        ]
+        answers = [digests[key] if group in groups else None for group, key in questions]
+        different = {questions[i][1] for i in disagreements(self._ranks, answers)}
+        if rest := sorted(different - world.buffers):
             raise Incompatible(
                 "ranks hold different values under the same key: " + ", ".join(rest[:20]) + ". If they are replicas, "
                 "they have drifted apart. Pipeline stages need keys of their own, local shards ckpt.Shard(tensor, "
                 "global_shape, offset), and what differs on purpose ckpt.PerRank(obj)."
             )
-        if buffers and self._ranks.rank == 0:
-            log.warning("buffers differ among ranks; the lowest rank's are stored: %s", ", ".join(buffers))
-
-    @staticmethod
-    def _local_digest(local: Local | None, sharding: Sharding) -> bytes | None:
-        if local is None or local.sharding != sharding:
-            return None
-        tensor = local.make().cpu().contiguous()
-        return digest8(bytes_view(tensor))
+        if different and self._ranks.rank == 0:
+            names = ", ".join(sorted(different))
+            log.warning("buffers differ among ranks; the lowest rank's are stored: %s", names)
 
     def _check_values(self, world: World, collected: Collected) -> None:
         names = sorted(world.value_owner)
@@ -219,3 +211,29 @@ class Saver:
                 metrics={name: float(value) for name, value in metrics.items()},
             )
         )
+
+
+def _replica_groups(world: World, rank: int) -> dict[bytes, list[str]]:
+    """What this rank holds like others by name alone: the keys, by a name of 8 bytes for the ranks that hold them."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for ranks, key in replicas(world, rank):
+        groups.setdefault(ranks, []).append(key)
+    return {digest8(repr(ranks).encode()): keys for ranks, keys in groups.items()}
+
+
+def _disagreeing(everyone: list[bytes]) -> dict[bytes, int]:
+    """Groups whose ranks brought different digests, each with a rank of it. Records: 8 bytes group, 8 bytes digest."""
+    first: dict[bytes, tuple[int, bytes]] = {}
+    found: dict[bytes, int] = {}
+    for rank, data in enumerate(everyone):
+        for at in range(0, len(data), 16):
+            group, mine = data[at : at + 8], data[at + 8 : at + 16]
+            reporter, expected = first.setdefault(group, (rank, mine))
+            if mine != expected:
+                found[group] = reporter
+    return found
+
+
+def _local_digest(local: Local) -> bytes:
+    tensor = local.make().cpu().contiguous()
+    return digest8(bytes_view(tensor))

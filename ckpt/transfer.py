@@ -28,6 +28,7 @@ from ckpt.slices import Slice, flat_boxes, flat_span, is_flat, whole
 
 WRITE_THREADS = 2
 READ_THREADS = 2
+CACHED_BYTES = 2 * BLOCK_BYTES  # read, then verified while it is in the core's own cache
 READ_AHEAD = 8  # fetches of at most RUN_BYTES each
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ def verify_chunks(path: str, segments: Iterable[Segment]) -> Iterator[tuple[Segm
             try:
                 view = bytes_view(buffer)[: segment.stop - segment.start]
                 files.read(0, segment.chunk.at + segment.start, view)
-                _verify(path, segment, view)
+                _verify(path, segment, view, segment.start)
             except (Corrupt, StorageError) as error:
                 cause = error.__cause__
                 if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
@@ -254,22 +255,25 @@ def _read_fetch(files: _Files, fetch: Fetch, buffer: torch.Tensor, tensors: Sequ
     first = fetch.segments[0]
     if first.in_place is not None:
         memory = bytes_view(tensors[first.copies[0].target])[first.in_place : first.in_place + fetch.nbytes]
-        files.read(fetch.part, fetch.at, memory)
-        _verify(path, first, memory)
+        for start in range(0, fetch.nbytes, CACHED_BYTES):
+            step = memory[start : start + CACHED_BYTES]
+            files.read(fetch.part, fetch.at + start, step)
+            _verify(path, first, step, first.start + start)
         return
     memory = bytes_view(buffer)[: fetch.nbytes]
     files.read(fetch.part, fetch.at, memory)
     for segment in fetch.segments:
         at = segment.chunk.at + segment.start - fetch.at
-        _verify(path, segment, memory[at : at + segment.stop - segment.start])
+        _verify(path, segment, memory[at : at + segment.stop - segment.start], segment.start)
         for copy in segment.copies:
             _copy_out(path, segment, copy, buffer, at, tensors[copy.target])
 
 
-def _verify(path: str, segment: Segment, memory: memoryview) -> None:
+def _verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:
+    """`memory` holds the chunk's raw bytes from `first`, on a block border, on."""
     digests, chunk = segment.chunk.digests, segment.chunk
     for start in range(0, len(memory), BLOCK_BYTES):
-        block = (segment.start + start) // BLOCK_BYTES
+        block = (first + start) // BLOCK_BYTES
         if digest(memory[start : start + BLOCK_BYTES]) != digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
             raise Corrupt(
                 f"{path}: tensor {chunk.key} at {list(chunk.offset)} is damaged: block {block}, file bytes "
@@ -285,7 +289,7 @@ def _copy_out(path: str, segment: Segment, copy: Copy, buffer: torch.Tensor, at:
         if not copy.compare:
             with torch.no_grad():
                 into.copy_(source)
-        elif not _same_bytes(into, source):
+        elif not _same_bytes(into, source.to(into.dtype)):
             raise Incompatible(
                 f"{path}: {segment.chunk.key} is tied to another tensor in your state, "
                 "but the checkpoint holds different values for the two. Untie them before you restore."

@@ -16,6 +16,7 @@ ORDER = [
     "ckpt.layout",
     "ckpt.codec",
     "ckpt.manifest",
+    "ckpt.records",
     "ckpt.log",
     "ckpt.plan",
     "ckpt.store",
@@ -51,6 +52,7 @@ PURE = [
     "ckpt.layout",
     "ckpt.codec",
     "ckpt.manifest",
+    "ckpt.records",
     "ckpt.log",
     "ckpt.plan",
 ]

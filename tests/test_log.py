@@ -14,8 +14,8 @@ from msgspec import structs
 
 from ckpt import errors
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible
-from ckpt.log import (
-    HEAD,
+from ckpt.log import HEAD, View, decide_commit, decide_pin, decide_retire, decide_start, replay
+from ckpt.records import (
     NAME_LIMIT,
     RECORD_LIMIT_BYTES,
     Commit,
@@ -26,18 +26,12 @@ from ckpt.log import (
     Retire,
     Start,
     Unknown,
-    View,
     attempt_name,
-    decide_commit,
-    decide_pin,
-    decide_retire,
-    decide_start,
     decode_record,
     encode_record,
     is_incomplete,
     parse_attempt,
     parse_slot,
-    replay,
     seal,
     slot_name,
 )

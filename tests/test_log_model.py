@@ -27,20 +27,8 @@ import pytest
 from msgspec import structs
 
 from ckpt.errors import CkptError, Fenced
-from ckpt.log import (
-    HEAD,
-    Commit,
-    Record,
-    Start,
-    Unknown,
-    View,
-    attempt_name,
-    decide_commit,
-    decide_start,
-    decode_record,
-    encode_record,
-    parse_attempt,
-)
+from ckpt.log import HEAD, View, decide_commit, decide_start
+from ckpt.records import Commit, Record, Start, Unknown, attempt_name, decode_record, encode_record, parse_attempt
 
 
 class Writer(NamedTuple):

@@ -19,7 +19,8 @@ import msgspec
 import pytest
 
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound, StorageError
-from ckpt.log import Request, Start, View, decide_start, encode_record
+from ckpt.log import View, decide_start
+from ckpt.records import Request, Start, encode_record
 from ckpt.run import RunDirectory, RunLog, open_store
 from ckpt.store import AlreadyExists, OutcomeUnknown, Store
 from ckpt.stores.posix import PosixStore

@@ -61,8 +61,8 @@ def bind_state(state: State, saved: Saved, rank: int, world: int, only: tuple[st
 
 
 def selected(key: str, only: tuple[str, ...] | None) -> bool:
-    """Whether `key` is one of `only`, or lies below one of them (at a `/` or a `.`)."""
-    return only is None or any(key == p or key.startswith((p + "/", p + ".")) for p in only)
+    """Whether `key` is one of `only`, or lies below one of them: at a `/`, or at a `.` inside a module's names."""
+    return only is None or any(key == p or key.startswith((p + "/", p + "." if "/" in p else p + "/")) for p in only)
 
 
 def _members(state: State, rank: int, world: int) -> list[Member]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ from urllib.parse import quote
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckpt import codec
 from ckpt.adapt.modules import is_extra_state, is_parameter, module_state, set_extra_state
@@ -224,11 +223,14 @@ class Bound:
 
 
 def _refuse_opaque(key: str, tensor: torch.Tensor | Shard) -> None:
+    """Nested tensors, and those without memory: made of other tensors (subclasses), freed, or fake."""
     outer = tensor.tensor if isinstance(tensor, Shard) else tensor
-    if outer.is_nested or (is_traceable_wrapper_subclass(outer) and not isinstance(outer, DTensor)):
+    if isinstance(outer, DTensor) or outer.layout != torch.strided or outer.device.type == "meta":
+        return
+    if outer.is_nested or (outer.numel() and not outer.data_ptr()):
         raise Incompatible(
-            f"{key}: a {type(outer).__name__} has no plain bytes of its own. Store the tensors it is made of, or put "
-            "it behind an object with state_dict() and load_state_dict()."
+            f"{key}: this {type(outer).__name__} has no plain memory of its own. Store the tensors it is made of, or "
+            "put it behind an object with state_dict() and load_state_dict()."
         )
 
 
@@ -363,7 +365,7 @@ def _want(saved: Saved, out: Bound, path: Path, apply: Callable[[Any], None], cu
     out.wanted.append(Wanted(key, apply, refs))
 
 
-def decode_value(data: bytes, refs: dict[str, Callable[[], torch.Tensor]]) -> object:
+def decode_value(data: bytes, refs: Mapping[str, Callable[[], torch.Tensor]]) -> object:
     """A stored value, with the tensors that were stored apart from it back in their places."""
 
     def extend(tag: str, payload: object) -> object:

@@ -1,0 +1,214 @@
+"""A whole checkpoint in which something is wrong behind right digests: refused before anything is touched.
+
+What single manifests and parts may hold is in test_manifest.py; here they come with a log that vouches for them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace as changed
+from states import bits
+
+import ckpt
+from ckpt import Checkpointer, CkptError, Corrupt, Incompatible
+from ckpt.manifest import Chunk, Manifest, Part, decode_manifest, decode_part, digest, encode_manifest, encode_part
+from ckpt.records import Commit, decode_record, encode_record
+from ckpt.sharding import TensorSpec
+
+Change = Callable[[Any], Any]
+
+
+def state(value: float) -> dict[str, Any]:
+    return {"a": torch.full((8, 4), float(value)), "b": torch.full((8, 4), float(value)), "n": float(value)}
+
+
+def forge(
+    path: Path, *, part: Change = lambda p: p, manifest: Change = lambda m: m, record: Change = lambda r: r
+) -> Path:
+    """A run of steps 1 and 2; step 2 is changed, with every digest made to fit. Returns its attempt's directory."""
+    with Checkpointer(path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state(float(step)))
+    attempt, slot = max((path / "steps").iterdir()), max((path / "log").iterdir())
+    part_data = encode_part(part(decode_part((attempt / "r00000.part").read_bytes(), "")))
+    (attempt / "r00000.part").write_bytes(part_data)
+    found: Manifest = decode_manifest((attempt / "MANIFEST").read_bytes(), "")
+    ref = changed(found.parts[0], part_bytes=len(part_data), part_digest=digest(part_data))
+    manifest_data = encode_manifest(manifest(changed(found, parts=(ref,))))
+    (attempt / "MANIFEST").write_bytes(manifest_data)
+    commit = decode_record(slot.read_bytes())
+    assert isinstance(commit, Commit)
+    vouching = changed(commit, manifest_bytes=len(manifest_data), manifest_digest=digest(manifest_data).hex())
+    slot.write_bytes(encode_record(record(vouching)))
+    return attempt
+
+
+def refused(path: Path, kind: type[CkptError], *says: str) -> None:
+    target = state(-1)
+    before = bits(target)
+    for act in (
+        lambda: ckpt.restore(path, target),
+        lambda: Checkpointer(path).restore(target),
+        lambda: ckpt.load(path),
+    ):
+        with pytest.raises(CkptError) as caught:
+            act()
+        assert type(caught.value) is kind, caught.value
+        for pattern in says:
+            assert re.search(pattern, str(caught.value)), f"{pattern!r} is not in: {caught.value}"
+    assert bits(target) == before
+
+
+def test_the_forger_alone_changes_nothing(tmp_path: Path) -> None:
+    forge(tmp_path)
+    target = state(-1)
+    assert ckpt.restore(tmp_path, target) == 2
+    assert bits(target) == bits(state(2))
+
+
+def chunks(change: Callable[[list[Chunk]], list[Chunk]]) -> Change:
+    return lambda part: changed(part, chunks=tuple(change(list(part.chunks))))
+
+
+PARTS: dict[str, tuple[Change, str]] = {
+    "missing chunk": (chunks(lambda c: c[1:]), "a: .*not cover"),
+    "half a chunk": (
+        chunks(lambda c: [changed(c[0], shape=(4, 4), stored_bytes=64), *c[1:]]),
+        "a: .*not cover",
+    ),
+    "the same elements twice": (chunks(lambda c: [c[0], changed(c[1], key="a")]), ""),
+    "overlapping bytes": (chunks(lambda c: [c[0], changed(c[1], at=c[0].at + 64)]), "share bytes"),
+    "bytes beyond the file": (chunks(lambda c: [c[0], changed(c[1], at=1 << 40)]), "outside the data file"),
+    "bytes before the file": (chunks(lambda c: [changed(c[0], at=-64), c[1]]), "outside the data file"),
+    "another dtype": (chunks(lambda c: [changed(c[0], dtype="int32"), c[1]]), ""),
+    "no such dtype": (chunks(lambda c: [changed(c[0], dtype="object"), c[1]]), "dtype 'object'"),
+    "a place outside the tensor": (chunks(lambda c: [changed(c[0], offset=(1, 0)), c[1]]), ""),
+    "too few digests": (chunks(lambda c: [changed(c[0], digests=b""), c[1]]), "digests"),
+    "a file elsewhere": (chunks(lambda c: [changed(c[0], file="../../../etc/passwd"), c[1]]), "etc/passwd"),
+    "an absolute file": (chunks(lambda c: [changed(c[0], file="/etc/passwd"), c[1]]), "etc/passwd"),
+    "the part of another attempt": (lambda p: changed(p, attempt="000000001.aaaa"), "another attempt"),
+    "the part of another rank": (lambda p: changed(p, rank=3), "another attempt or rank|rank 3"),
+    "a missing value": (lambda p: changed(p, values={}), "lacks the value '?n"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_cannot_be_true(tmp_path: Path, name: str) -> None:
+    change, says = PARTS[name]
+    forge(tmp_path, part=change)
+    refused(tmp_path, Corrupt, re.escape(str(tmp_path)) + "|not cover", says)
+    target = state(-1)
+    assert ckpt.restore(tmp_path, target, fallback=True) == 1
+    assert bits(target) == bits(state(1))
+
+
+def _with_spec(manifest: Manifest) -> Manifest:
+    """A manifest that claims a larger tensor than its parts hold."""
+    layout = manifest.world.layouts[0]
+    entries = tuple(replace(entry, spec=TensorSpec("float32", (16, 4))) for entry in layout.entries)
+    return changed(manifest, world=replace(manifest.world, layouts=(replace(layout, entries=entries),)))
+
+
+def test_a_larger_tensor_than_was_stored(tmp_path: Path) -> None:
+    forge(tmp_path, manifest=_with_spec)
+    target = {"a": torch.zeros(16, 4), "b": torch.zeros(16, 4), "n": 0}
+    with pytest.raises(Corrupt, match=r"a: .*not cover|a at"):
+        ckpt.restore(tmp_path, target)
+    assert not target["a"].any()
+
+
+def test_the_manifest_of_another_attempt(tmp_path: Path) -> None:
+    forge(tmp_path, manifest=lambda m: changed(m, attempt="000000002.aaaa"))
+    refused(tmp_path, Corrupt, "MANIFEST: it is that of 000000002.aaaa", "`ckpt check")
+
+
+def test_data_that_the_digests_do_not_know(tmp_path: Path) -> None:
+    def lie(part: Part) -> Part:
+        return changed(part, chunks=tuple(changed(c, digests=bytes(16)) for c in part.chunks))
+
+    attempt = forge(tmp_path, part=lie)
+    with pytest.raises(Corrupt, match=rf"{re.escape(str(attempt))}.*tensor . at .*does not match its digest"):
+        ckpt.load(tmp_path)
+
+
+# The log and FORMAT.json
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attempt", "../../../etc"),
+        ("attempt", "000000002./etc"),
+        ("attempt", "000000002.A"),
+        ("attempt", "2.aaaa"),
+        ("parent", ".."),
+        ("nonce", "a/b"),
+        ("step", -1),
+        ("manifest_bytes", -1),
+        ("manifest_digest", "zz"),
+    ],
+)
+def test_unsafe_names_in_a_record(tmp_path: Path, field: str, value: object) -> None:
+    forge(tmp_path)
+    slot = max((tmp_path / "log").iterdir())
+    fields = json.loads(slot.read_bytes())
+    fields[field] = value
+    slot.write_bytes(json.dumps(fields).encode() + b"\n")
+    refused(tmp_path, Corrupt, re.escape(f"{tmp_path}"), re.escape(f"log/{slot.name}"))
+
+
+def test_a_manifest_larger_than_the_cap_is_not_read(tmp_path: Path) -> None:
+    attempt = forge(tmp_path, record=lambda r: changed(r, manifest_bytes=1 << 40))
+    with (attempt / "MANIFEST").open("r+b") as stream:
+        stream.truncate(1 << 40)
+    refused(tmp_path, Corrupt, "MANIFEST", "at most", "`ckpt check")
+
+
+def test_an_unknown_format_version(tmp_path: Path) -> None:
+    forge(tmp_path)
+    file = tmp_path / "FORMAT.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "major": 99}))
+    says = ("FORMAT.json", "written in format 99", "reads 1.x", "Nothing was changed", "use the version that wrote it")
+    refused(tmp_path, Incompatible, re.escape(str(tmp_path)), *says)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "says"),
+    [
+        (b'{"name": "other"}', Incompatible, "belongs to another program"),
+        (b'{"name": "holdfast", "major": 1', Corrupt, "cannot be read"),
+        (b"", Corrupt, "cannot be read"),
+        (b"[" * 4000, Corrupt, "cannot be read"),
+        (b" " * 9000, Corrupt, "at most 4096"),
+        (b'{"name": "holdfast", "major": 1, "minor": 0, "nonce": "../x"}', Corrupt, "nonce"),
+    ],
+)
+def test_a_format_file_that_is_not_one(tmp_path: Path, content: bytes, kind: type[CkptError], says: str) -> None:
+    forge(tmp_path)
+    (tmp_path / "FORMAT.json").write_bytes(content)
+    refused(tmp_path, kind, re.escape(str(tmp_path)), "FORMAT.json", says)
+
+
+def test_a_lost_format_file(tmp_path: Path) -> None:
+    forge(tmp_path)
+    (tmp_path / "FORMAT.json").unlink()
+    refused(tmp_path, Corrupt, "FORMAT.json is missing although there is a log")
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    attempt = forge(tmp_path)
+    data = attempt / "r00000.safetensors"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    target = state(-1)
+    with pytest.raises(CkptError, match=r"r00000\.safetensors"):
+        ckpt.restore(tmp_path, target)
+    assert bits(target) == bits(state(-1))

@@ -205,7 +205,6 @@ def decode_record(data: bytes) -> Record | Unknown:
     if not isinstance(record, Unknown) and (problem := _problem(record)):
         raise Corrupt(f"log record of kind {type(record).__name__.lower()!r}: {problem}")
     return record
-    return record
 
 
 def seal(body: bytes) -> bytes:

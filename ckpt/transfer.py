@@ -172,7 +172,7 @@ def _create(path: str, nbytes: int) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(path, (flags & ~os.O_EXCL), 0o644)  # this file system has no direct I/O (tmpfs before 6.6)
+        fd = os.open(path, flags & ~os.O_EXCL, 0o644)  # no direct I/O here; the refused open may have made the file
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -62,10 +62,13 @@ class Fsdp1Module:
 
     def _entries(self) -> Iterator[tuple[Path, str, torch.Tensor, bool]]:
         names = Names(self.module)
-        parameters = {names.canonical(name) for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        for name, value in _state_dict(self.path, self.module).items():
+        identity = {names.canonical(n): id(p) for n, p in self.module.named_parameters(remove_duplicate=False)}
+        first: dict[int, torch.Tensor] = {}  # a tied parameter comes as a tensor of its own under each name
+        for name, value in sorted(_state_dict(self.path, self.module).items(), key=lambda item: item[0]):
             canonical = names.canonical(name)
-            yield (*self.path, component(canonical)), name, value, canonical in parameters
+            if canonical in identity:
+                value = first.setdefault(identity[canonical], value)
+            yield (*self.path, component(canonical)), name, value, canonical in identity
 
     def collect(self, out: Collected) -> None:
         for path, _, value, is_parameter in self._entries():
@@ -93,7 +96,16 @@ class Fsdp1Optimizer:
     module: nn.Module
 
     def _parameter_path(self, name: str) -> Path:
-        return (*self.module_path, component(name))
+        """Where the state of a parameter is stored: a tied one goes by the first of its names, as everywhere."""
+        return (*self.module_path, component(self._first_names[name]))
+
+    @cached_property
+    def _first_names(self) -> dict[str, str]:
+        names = Names(self.module)
+        by_id: dict[int, list[str]] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            by_id.setdefault(id(parameter), []).append(names.canonical(name))
+        return {name: min(tied) for tied in by_id.values() for name in tied}
 
     def collect(self, out: Collected) -> None:
         with _sharded(self.module):

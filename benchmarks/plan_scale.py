@@ -26,6 +26,7 @@ import click
 import machine
 import plan_worlds
 from plan_worlds import Case
+from results import write_section
 from save_load_report import markdown
 
 from ckpt import layout as layout_module
@@ -49,8 +50,6 @@ from ckpt.manifest import (
 from ckpt.plan import Target, needed_parts, plan_load, plan_save
 from ckpt.sharding import pieces_of
 
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-BEGIN, END = "<!-- plan_scale:begin -->", "<!-- plan_scale:end -->"
 ATTEMPT = "000001000.benchmark"
 ROUNDS = 3  # the median counts
 
@@ -271,18 +270,6 @@ slowest; without the walks of Python's garbage collector over what torch brought
 a save is planned once per layout, not once per save."""
 
 
-def put_section(text: str, section: str) -> str:
-    """`section` between the markers of `text`, or at its end where there are none."""
-    body = f"{BEGIN}\n{section.strip()}\n{END}"
-    before, begin, rest = text.partition(BEGIN)
-    if not begin:
-        return f"{text.rstrip()}\n\n{body}\n".lstrip()
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"found {BEGIN} without {END}; restore the marker by hand")
-    return before + body + after
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
 @click.option("--write", is_flag=True, help="Update benchmarks/RESULTS.md.")
@@ -315,8 +302,7 @@ def main(json_file: Path | None, write: bool) -> None:
         }
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
     if write:
-        before = RESULTS.read_text() if RESULTS.exists() else "# What the benchmarks measured\n"
-        RESULTS.write_text(put_section(before, section))
+        write_section("plan_scale", section)
 
 
 def _each(cases: list[Callable[[], Case]]) -> Iterator[Case]:

@@ -26,13 +26,12 @@ from typing import Any, Self
 import click
 import machine
 import save_load_report as report
+from results import write_section
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from save_load_report import Balance, Measurement
 from worlds import World, WorldFailed
-
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 FULL = {"layers": 12, "heads": 12, "width": 768, "vocabulary": 50257, "context": 1024}
 QUICK = {"layers": 2, "heads": 4, "width": 128, "vocabulary": 5003, "context": 64}
@@ -330,8 +329,7 @@ def main(
     if json_file:
         write_json(json_file, bench, about)
     if write:
-        before = RESULTS.read_text() if RESULTS.exists() else "# What the benchmarks measured\n"
-        RESULTS.write_text(report.update_section(before, section))
+        write_section("save_load", section)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-BEGIN, END = "<!-- save_load:begin -->", "<!-- save_load:end -->"
 TITLES = {"limit": "machine's limit", "holdfast": "holdfast", "dcp": "DCP"}
 
 
@@ -110,18 +109,6 @@ def markdown(table: Table) -> str:
     header, rows = table
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-
-
-def update_section(text: str, section: str) -> str:
-    """Put `section` between the markers of `text`, or at its end if it has none."""
-    body = f"{BEGIN}\n{section.strip()}\n{END}"
-    before, begin, rest = text.partition(BEGIN)
-    if not begin:
-        return f"{text.rstrip()}\n\n{body}\n".lstrip()
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"found {BEGIN} without {END}; restore the marker by hand")
-    return before + body + after
 
 
 def summary(measurements: Sequence[Measurement]) -> dict[str, dict[str, float | None]]:

@@ -14,7 +14,7 @@ import msgspec
 import xxhash
 
 from ckpt import errors
-from ckpt.errors import CkptError, SaveFailed
+from ckpt.errors import CkptError, Incompatible
 from ckpt.ranks import Ranks
 
 T = TypeVar("T")
@@ -35,11 +35,16 @@ class Signal:
         flags = bytes([self.failed, self.layout_changed, self.due, self.stop])
         return flags + low + bytes(255 - b for b in low) + bytes(4)
 
+    @staticmethod
+    def any_failed(data: bytes) -> bool:
+        """Whether any rank set `failed`, at whatever step each of them is."""
+        return bool(data[0])
+
     @classmethod
     def decode(cls, data: bytes, step: int) -> Signal:
         """The merged signal; `CkptError` if the ranks were not at one step."""
         if any(a + b != 255 for a, b in zip(data[4:8], data[8:12], strict=True)):
-            raise errors.Incompatible(
+            raise Incompatible(
                 f"the ranks are not at the same step: this one is at {step}, another at step "
                 f"{int.from_bytes(data[4:8], 'big')} or so. Call save, restore and steps on every rank alike."
             )
@@ -60,6 +65,12 @@ def disagreements(ranks: Ranks, digests: Sequence[bytes | None]) -> list[int]:
     ]
 
 
+def require_equal(ranks: Ranks, what: str, value: object) -> None:
+    """`Incompatible` on every rank unless all brought an equal `value` (compared by its repr)."""
+    if disagreements(ranks, [digest8(f"{what} {value!r}".encode())]):
+        raise Incompatible(f"the ranks call {what} differently; this one with {value!r}. Call it on every rank alike.")
+
+
 def digest8(data: bytes | memoryview) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
@@ -75,24 +86,27 @@ def together(ranks: Ranks, act: Callable[[], T]) -> T:
     failure: BaseException | None = None
     try:
         result = act()
-    except Exception as error:
+    except BaseException as error:
         failure = error
     raise_together(ranks, failure)
     return result  # type: ignore[return-value]
 
 
-def raise_together(ranks: Ranks, failure: BaseException | None) -> None:
-    """Raise on every rank if any rank brings a failure."""
+def raise_together(ranks: Ranks, failure: BaseException | None, otherwise: type[CkptError] = CkptError) -> None:
+    """Raise on every rank if any rank brings a failure: one kind of error, that of the lowest rank that failed.
+
+    On the other ranks an error that is none of ours becomes `otherwise`.
+    """
     if ranks.maximum(bytes([failure is not None])) == b"\x00":
         return
     said = [_decode(data) for data in ranks.gather(_encode(failure) if failure else b"")]
-    if failure is not None:
-        raise failure
     failed = [rank for rank, found in enumerate(said) if found]
     first = said[failed[0]]
     assert first is not None
+    if failure is not None and (type(failure).__name__ == first.kind or not isinstance(failure, Exception)):
+        raise failure
     others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-    raise _error(first.kind, f"rank {failed[0]}{others}: {first.message}")
+    raise _error(first.kind, f"rank {failed[0]}{others}: {first.message}", otherwise) from failure
 
 
 def on_first(ranks: Ranks, act: Callable[[], bytes]) -> bytes:
@@ -120,8 +134,8 @@ def _decode(data: bytes) -> _Failure | None:
     return msgspec.msgpack.decode(data, type=_Failure) if data else None
 
 
-def _error(kind: str, message: str) -> CkptError:
+def _error(kind: str, message: str, otherwise: type[CkptError] = CkptError) -> CkptError:
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, CkptError):
         return known(message)
-    return SaveFailed(f"{kind}: {message}")
+    return otherwise(f"{kind}: {message}")

@@ -5,6 +5,7 @@ Owns the defaults, the loop, signals and progress; saving and restoring themselv
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -19,15 +20,15 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ckpt.agreement import Signal, on_first, together
-from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound, SaveFailed
+from ckpt.agreement import Signal, on_first, require_equal, together
+from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound
 from ckpt.holder import Holder, find_commit
 from ckpt.log import HEAD, View
 from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
 from ckpt.run import RunDirectory
-from ckpt.saver import Saver
+from ckpt.saver import Saver, step_number
 
 log = logging.getLogger("ckpt")
 
@@ -95,23 +96,29 @@ class Checkpointer:
         strict_fencing: bool = True,
         commit_timeout_s: float = 600,
     ) -> None:
-        self.url = os.fspath(url)
         self._every = every or Every(steps=1000)
         self._ranks: Ranks = connect(commit_timeout_s)
         self._holder: Holder | None = None
+        job = _run_id(run_id)
 
         def open_first() -> RunDirectory:
             run = RunDirectory.open(url, create=True)
             _check_fencing(run, strict_fencing)
-            self._holder = Holder(run, run_id=run_id or _run_id(), takeover=takeover)
+            self._holder = Holder(run, run_id=job, takeover=takeover)
             return run
 
-        self._run = _open_on_all(self._ranks, url, open_first)
+        try:
+            self._run = _open_on_all(self._ranks, url, open_first)
+        except BaseException:
+            self._ranks.close()
+            raise
+        self.url = self._run.url
         self._saver = Saver(self._ranks, self._run, self._holder)
         self._metrics: dict[str, float] = {}
         self._saved_at = time.monotonic()
         self._last_saved: int | None = None
         self._stop_asked = False
+        self._by_hand = _sigterm(self._ask_to_stop)
         self._closed = False
 
     def __enter__(self) -> Checkpointer:
@@ -123,7 +130,10 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:
-            self._closed = True  # other ranks may be gone: nothing collective, and nothing that hides the error
+            self._closed = True  # nothing collective: other ranks may be gone, and those that wait shall learn it
+            with contextlib.suppress(Exception):
+                self._ranks.close()
+        self._by_hand.__exit__()
 
     # Saving
 
@@ -137,12 +147,12 @@ class Checkpointer:
         self._check_open()
         commit = self._saver.save(step, state, {**self._metrics, **(metrics or {})})
         self._metrics.clear()
-        self._saved_at, self._last_saved = time.monotonic(), step
+        self._saved_at, self._last_saved = time.monotonic(), commit.step
         return SaveHandle(commit)
 
     def report(self, **metrics: float) -> None:
-        """Metrics of the current step, stored with it if it is saved. Not collective."""
-        self._metrics.update({name: float(value) for name, value in metrics.items()})
+        """Metrics of the current step, stored with it if it is saved; those of rank 0 count. Not collective."""
+        self._metrics.update(metrics)
 
     def due(self, step: int) -> bool:
         """Whether `every` asks for a save after `step` completed steps; the same on every rank."""
@@ -152,7 +162,11 @@ class Checkpointer:
         return Signal.decode(self._ranks.maximum(self._signal(step, due=mine).encode()), step).due
 
     def stop_requested(self, step: int) -> bool:
-        """Whether any rank was asked to stop (SIGTERM within `steps`); the same on every rank."""
+        """Whether any rank was asked to stop by SIGTERM since the first call; the same on every rank.
+
+        From its first call on, SIGTERM no longer ends the process: save, and leave the loop.
+        """
+        self._by_hand.__enter__()
         return Signal.decode(self._ranks.maximum(self._signal(step).encode()), step).stop
 
     # Restoring
@@ -180,18 +194,19 @@ class Checkpointer:
         converts dtypes.
         """
         self._check_open()
-        relaxed = Relaxed(strict, tuple(only) if only is not None else None, rename, cast)
-        chosen = _choose(self._ranks, lambda: self._begin(step), self._run, required or step is not None)
+        relaxed = Relaxed(strict, _paths(only), rename, cast)
+        require_equal(self._ranks, "restore", (step, required, fallback, relaxed))
+        number = None if step is None else step_number(step)
+        chosen = _choose(self._ranks, lambda: self._begin(number), self._run, required or step is not None)
         if chosen is None:
             return None
         done = _restore_or_fall_back(self._ranks, self._run, chosen, state, relaxed, fallback, self._lineage)
-        if done.attempt != chosen.attempt:
-            on_first(self._ranks, lambda: self._go_back(done.attempt))
+        on_first(self._ranks, lambda: self._go_on_from(done.attempt))
         self._saved_at, self._last_saved = time.monotonic(), done.step
         return done.step
 
     def _begin(self, step: int | None) -> Commit | None:
-        """On rank 0: take the run, adopt what was left complete, and choose; going back is recorded."""
+        """On rank 0: take the run, adopt what was left complete, and choose."""
         assert self._holder is not None
         holder = self._holder
         if holder.start is None:
@@ -202,14 +217,14 @@ class Checkpointer:
             holder.run.log.read()
         if step is None and not holder.view.lineage():
             return None
-        commit = find_commit(holder.view, step)
-        if holder.view.head is None or commit.attempt != holder.view.head.attempt:
-            self._go_back(commit.attempt)
-        return commit
+        return find_commit(holder.view, step)
 
-    def _go_back(self, attempt: str) -> bytes:
+    def _go_on_from(self, attempt: str) -> bytes:
+        """On rank 0, once `attempt` is restored: record it if the run goes back to it."""
         assert self._holder is not None
-        self._holder.take(f"back to {attempt}", base=attempt)
+        head = self._holder.view.head
+        if head is None or head.attempt != attempt:
+            self._holder.take(f"back to {attempt}", base=attempt)
         return b""
 
     def _lineage(self) -> list[Commit]:
@@ -223,6 +238,7 @@ class Checkpointer:
         Also saves at the end, and on SIGTERM: all ranks then finish one agreed step, save it, and the loop ends
         early (exit with the usual code 143 if `stopped`). Leaving the loop by `break` does not save.
         """
+        require_equal(self._ranks, "steps", (total, self._every))
         first = self.restore(state, required=required) or 0
         self._stop_asked = self.stopped = False
         with _sigterm(self._ask_to_stop), _progress(first, total, self._ranks.rank) as advance:
@@ -232,8 +248,6 @@ class Checkpointer:
                 done = step + 1
                 heard = pending() if pending else None
                 advance(done)
-                if heard is not None and heard.failed:
-                    raise SaveFailed("another rank failed; see its log. Committed steps are as they were.")
                 if heard is not None and heard.stop:
                     self._save_if_new(done, state)
                     log.warning("stopped after step %d on request; the step is saved", done)
@@ -241,6 +255,7 @@ class Checkpointer:
                     return
                 if (heard is not None and heard.due) or self._due_by_steps(done) or done == total:
                     self._save_if_new(done, state)
+                self._metrics.clear()  # of this step, whether it was saved or not
                 pending = self._begin_signal(done) if done < total else None
 
     stopped = False
@@ -268,8 +283,8 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest step of the run, or None. Not collective; reads the log."""
-        lineage = _lineage(RunDirectory.open(self.url).log.read())
-        return lineage[-1].step if lineage else None
+        steps = self.all_steps()
+        return steps[-1] if steps else None
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
@@ -285,6 +300,7 @@ class Checkpointer:
         """Wait until every save is durable, then let go of the run. Collective; a second call does nothing."""
         if not self._closed:
             self._closed = True
+            self._by_hand.__exit__()
             self._ranks.close()
 
     def _check_open(self) -> None:
@@ -315,7 +331,8 @@ def restore(
     ranks = connect(timeout_s)
     try:
         run = _open_on_all(ranks, url, lambda: RunDirectory.open(url))
-        relaxed = Relaxed(strict, tuple(only) if only is not None else None, rename, cast)
+        relaxed = Relaxed(strict, _paths(only), rename, cast)
+        require_equal(ranks, "restore", (step, fallback, relaxed))
         chosen = _choose(ranks, lambda: find_commit(run.log.read(), step), run, True)
         assert chosen is not None
         return _restore_or_fall_back(ranks, run, chosen, state, relaxed, fallback, lambda: _lineage(run.log.view)).step
@@ -437,10 +454,16 @@ def _check_fencing(run: RunDirectory, strict: bool) -> None:
     log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)
 
 
-def _run_id() -> str | None:
-    """The name of this job, where its launcher gave it one of its own."""
-    given = os.environ.get("CKPT_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    return given if given and given != "none" else None
+def _run_id(given: str | None) -> str | None:
+    """The name of this job: as given, or where its launcher gave it one of its own."""
+    if given is not None and not (isinstance(given, str) and given.isprintable() and len(given) <= 256):
+        raise Incompatible(f"run_id is a printable string of at most 256 characters, not {given!r:.100}")
+    found = given or os.environ.get("CKPT_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return found if found and found != "none" else None
+
+
+def _paths(only: Sequence[str] | None) -> tuple[str, ...] | None:
+    return (only,) if isinstance(only, str) else None if only is None else tuple(only)
 
 
 class _sigterm:  # noqa: N801
@@ -452,18 +475,25 @@ class _sigterm:  # noqa: N801
         self._active = False
 
     def __enter__(self) -> None:
+        if self._active:
+            return
         try:
             self._before = signal.signal(signal.SIGTERM, self._handle)
-            self._active = True
+            self._active, self._pid = True, os.getpid()
         except ValueError:
             log.info("not in the main thread: SIGTERM will not save")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._act()
+        if os.getpid() == self._pid:
+            self._act()
+            return
+        signal.signal(signal.SIGTERM, self._before)  # a forked child must not outlive its parent's terminate()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_: object) -> None:
         if self._active:
             signal.signal(signal.SIGTERM, self._before)
+            self._active = False
 
 
 class _progress:  # noqa: N801

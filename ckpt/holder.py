@@ -6,6 +6,7 @@ an attempt whose parts all lie on the store into a commit. No tensors and no oth
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,7 +14,7 @@ import socket
 import time
 from pathlib import Path
 
-from ckpt.errors import CkptError, Corrupt, NotFound
+from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.log import HEAD, View, decide_commit, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
@@ -27,6 +28,7 @@ from ckpt.manifest import (
 )
 from ckpt.records import Commit, Start, attempt_name, parse_attempt
 from ckpt.run import RunDirectory
+from ckpt.store import OutcomeUnknown
 
 log = logging.getLogger("ckpt")
 
@@ -49,6 +51,7 @@ class Holder:
         `Fenced` if another process took a generation since this one did, or a live holder has another run id.
         """
         nonce, current = secrets.token_hex(8), self.start
+        self.run.check_unchanged()
         self.start = self.run.log.append(
             lambda view: decide_start(
                 view,
@@ -73,6 +76,7 @@ class Holder:
     def new_attempt(self, step: int) -> str:
         """Name and directory for an attempt to save `step`, after a look whether it may be committed at all."""
         start = self.ensure_started("first save")
+        self.run.check_unchanged()
         view = self.run.log.read()
         name = attempt_name(step, secrets.token_hex(4))
         self._decide(view, start, _probe(name, step))
@@ -80,11 +84,25 @@ class Holder:
         return name
 
     def commit(self, manifest: Manifest) -> Commit:
-        """Write MANIFEST, then the commit record. When this returns the step exists."""
-        assert self.start is not None
+        """Write MANIFEST, then the commit record. When this returns the step exists.
+
+        Where the MANIFEST certainly could not be written, the attempt is removed: a full disk needs the room. Once it
+        stands, a later generation may adopt the attempt, so it is never touched again.
+        """
         data = encode_manifest(manifest)
-        self.run.store.put(self.run.attempt_path(manifest.attempt, "MANIFEST"), data)
+        try:
+            self.run.store.put(self.run.attempt_path(manifest.attempt, "MANIFEST"), data)
+        except OutcomeUnknown:
+            raise
+        except CkptError:
+            self.discard(manifest.attempt)
+            raise
         return self._append_commit(manifest, data)
+
+    def discard(self, attempt: str) -> None:
+        """Remove an attempt that has no MANIFEST, as far as the store lets us."""
+        with contextlib.suppress(CkptError):
+            self.run.store.delete(self.run.attempt_path(attempt))
 
     def _append_commit(self, manifest: Manifest, data: bytes) -> Commit:
         start = self.start
@@ -101,6 +119,7 @@ class Holder:
             "unix_s": time.time(),
             "nbytes": sum(ref.data_bytes + ref.part_bytes for ref in manifest.parts) + len(data),
         }
+        self.run.check_unchanged()
         return self.run.log.append(lambda view: self._decide(view, start, fields))
 
     @staticmethod
@@ -124,7 +143,11 @@ class Holder:
                 continue
             head = self.view.head.attempt if self.view.head else None
             if manifest.generation == previous and manifest.parent == head:
-                commit = self._append_commit(manifest, data)
+                try:
+                    commit = self._append_commit(manifest, data)
+                except (Incompatible, ValueError) as error:
+                    log.warning("attempt %s cannot be adopted: %s", name, error)
+                    continue
                 log.warning("adopted step %d, which generation %d left complete", commit.step, previous)
                 return commit
         return None

@@ -172,7 +172,7 @@ class Target:
     """Memory to fill: the pieces of tensor `key` that a local tensor of `shape` holds.
 
     `direct`: the memory is plain host memory, contiguous, of the stored dtype, so bytes may be read into it.
-    `compare`: the memory is filled by another target already and must be equal (tied weights).
+    `compare`: the memory is filled by another target already and must be equal (tied weights, overlapping views).
     """
 
     key: str

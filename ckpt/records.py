@@ -182,6 +182,7 @@ def encode_record(record: Record) -> bytes:
     body = msgspec.json.encode(fields)[:-1]
     data = body + seal(body)
     if len(data) <= RECORD_LIMIT_BYTES:
+        decode_record(data)  # what no reader could read must never stand in the log
         return data
     raise ValueError(f"cannot write this record: {len(data)} bytes, the limit is {RECORD_LIMIT_BYTES}")
 

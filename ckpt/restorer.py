@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ckpt.adapt import Bound, Local, Rng, Saved, Wanted, bind_state, decode_value
 from ckpt.adapt.members import selected
-from ckpt.adapt.values import dtype_name
+from ckpt.adapt.values import can_cast, dtype_name
 from ckpt.agreement import together
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.manifest import (
@@ -144,7 +144,7 @@ def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed)
     the state is unusable then, and the error says so.
     """
     began = time.monotonic()
-    saved, stored_name = reader.saved(relaxed.rename)
+    saved, stored_name = together(ranks, lambda: reader.saved(relaxed.rename))
     bound = together(ranks, lambda: bind_state(state, saved, ranks.rank, ranks.size, relaxed.only))
     unexpected = _unexpected(ranks, saved, bound, relaxed)
     targets = together(ranks, lambda: _validate(reader, saved, bound, relaxed, unexpected, ranks.size))
@@ -212,8 +212,11 @@ def _idle(saved: Saved, bound: Bound, only: Sequence[str]) -> list[str]:
 def _mismatch(local: Local, spec: TensorSpec, cast: bool) -> str | None:
     if local.spec.shape != spec.shape:
         return f"{local.key}: shape {list(spec.shape)} in the checkpoint, {list(local.spec.shape)} in the state"
-    if local.spec.dtype != spec.dtype and not cast:
-        return f"{local.key}: {spec.dtype} in the checkpoint, {local.spec.dtype} in the state (cast=True converts)"
+    if local.spec.dtype != spec.dtype:
+        differ = f"{local.key}: {spec.dtype} in the checkpoint, {local.spec.dtype} in the state"
+        if not can_cast(spec.dtype, local.spec.dtype):
+            return f"{differ}, which cast=True does not convert"
+        return None if cast else f"{differ} (cast=True converts)"
     return None
 
 
@@ -263,7 +266,28 @@ def _plan(reader: StepReader, saved: Saved, locals_: Sequence[Local], stored_nam
         if key not in known:
             (compare if known else fill).append(_target(reader, key, local, rank, compare=bool(known)))
             known.add(key)
+    for i in _interleaved([tensor for _, tensor in fill]):  # filled, and compared once all are: right if all are equal
+        target, tensor = fill[i]
+        fill[i] = replace(target, direct=False), tensor
+        compare.append((replace(target, direct=False, compare=True), tensor))
     return _Reads(*_plan_reads(reader, fill), *_plan_reads(reader, compare))
+
+
+def _interleaved(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Indices of the tensors whose memory, first to last byte, meets that of another: they may share elements."""
+    spans = []
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), i))
+    found, reach = set[int](), ("", 0, -1)  # device, end and index of the span that reaches furthest
+    for device, start, end, i in sorted(spans):
+        if device == reach[0] and start < reach[1]:
+            found |= {i, reach[2]}
+        if device != reach[0] or end > reach[1]:
+            reach = (device, end, i)
+    return sorted(found)
 
 
 def _target(reader: StepReader, key: str, local: Local, rank: int, *, compare: bool) -> tuple[Target, torch.Tensor]:

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
+from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound, StorageError
 from ckpt.log import View
 from ckpt.records import (
     RECORD_LIMIT_BYTES,
@@ -108,6 +108,15 @@ class RunDirectory:
     @property
     def url(self) -> str:
         return self.store.url
+
+    def check_unchanged(self) -> None:
+        """Raise Fenced if another run stands in this place by now: its log is not the one that we read."""
+        found = _read_format(self.store)
+        if found is None or found.nonce != self.nonce:
+            raise Fenced(
+                f"{self.url} was {'replaced by another run' if found else 'removed'} since this process opened it. "
+                "Nothing was written there; stop this job, or start it again to begin with what is there now"
+            )
 
     @property
     def nonce(self) -> str:

@@ -5,19 +5,21 @@ The layout and its plan are computed when the layout changes and used again unti
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import operator
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import torch
 
 from ckpt.adapt import Collected, Local, bytes_view, collect_state
 from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together, together
-from ckpt.errors import CkptError, DeadlineExceeded, Incompatible, SaveFailed
+from ckpt.errors import DeadlineExceeded, Incompatible, SaveFailed
 from ckpt.holder import Holder
-from ckpt.layout import OWNERSHIP, Layout, World, cover_faults, replicas
+from ckpt.layout import OWNERSHIP, World, cover_faults, replicas
 from ckpt.manifest import (
     Chunk,
     Manifest,
@@ -38,12 +40,26 @@ from ckpt.transfer import write_data
 
 log = logging.getLogger("ckpt")
 
+METRICS_LIMIT_BYTES = 32 * 1024
+_SAMPLED_ABOVE_BYTES = 256 * 1024
+_SAMPLE_ELEMENTS = 1024
+
 
 class _Written(msgspec.Struct, array_like=True):
     """What rank 0 must know of each rank's part."""
 
     ref: PartRef
     content_digest: bytes
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What this rank wants saved, checked and described."""
+
+    step: int
+    metrics: dict[str, float]
+    collected: Collected
+    layout_bytes: bytes
 
 
 class Saver:
@@ -54,6 +70,7 @@ class Saver:
         self._layout_bytes = b""
         self._world: World | None = None
         self._plan: SavePlan | None = None
+        self._shared: dict[bytes, list[str]] = {}
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> Commit:
         """Write `state` as `step` and commit it.
@@ -61,16 +78,24 @@ class Saver:
         Raises on every rank if it fails on any; then nothing was committed and every older step is as it was.
         """
         began = time.monotonic()
-        collected, layout, layout_bytes, failure = self._collect(state)
-        changed = layout_bytes != self._layout_bytes
-        said = Signal(step, failed=failure is not None, layout_changed=changed)
-        heard = Signal.decode(self._ranks.maximum(said.encode()), step)
-        if heard.failed:
-            raise_together(self._ranks, failure)
-        assert collected is not None
-        assert layout is not None
-        if heard.layout_changed:
-            self._exchange(layout, layout_bytes, collected)
+        request: _Request | None = None
+        failure: BaseException | None = None
+        try:
+            request = self._request(step, state, metrics)
+        except BaseException as error:
+            failure = error
+        at = request.step if request else 0
+        changed = request is not None and request.layout_bytes != self._layout_bytes
+        said = Signal(at, failed=failure is not None, layout_changed=changed).encode()
+        heard = self._ranks.maximum(said)
+        if Signal.any_failed(heard):
+            raise_together(self._ranks, failure, SaveFailed)
+        assert request is not None
+        step, collected, metrics = request.step, request.collected, request.metrics
+        if Signal.decode(heard, step).layout_changed:
+            self._exchange(request)
+        else:
+            self._check_drift(collected, step)
         world, plan = self._world, self._plan
         assert world is not None
         assert plan is not None
@@ -87,21 +112,19 @@ class Saver:
             log.info("saved step %d: %d bytes in %.2f s, generation %d", step, commit.nbytes, took, commit.generation)
         return commit
 
-    def _collect(self, state: Any) -> tuple[Collected | None, Layout | None, bytes, Exception | None]:
-        try:
-            collected = collect_state(state, self._ranks.rank, self._ranks.size)
-            layout = collected.layout()
-            return collected, layout, encode_layout(layout), None
-        except Exception as error:
-            return None, None, b"", error
+    def _request(self, step: int, state: Any, metrics: Mapping[str, float]) -> _Request:
+        number, values = step_number(step), checked_metrics(metrics)
+        collected = collect_state(state, self._ranks.rank, self._ranks.size)
+        layout = collected.layout()
+        return _Request(number, values, collected, encode_layout(layout))
 
     def _first(self) -> Holder:
         assert self._holder is not None
         return self._holder
 
-    def _exchange(self, layout: Layout, layout_bytes: bytes, collected: Collected) -> None:
+    def _exchange(self, request: _Request) -> None:
         """Learn every rank's layout, each distinct one once; prove that together they hold everything once."""
-        self._layout_bytes = b""
+        self._layout_bytes, layout_bytes = b"", request.layout_bytes
         digests = self._ranks.gather(digest(layout_bytes))
         first = {found: rank for rank, found in reversed(list(enumerate(digests)))}
         order = sorted(first, key=lambda found: first[found])
@@ -113,20 +136,30 @@ class Saver:
                 "tensors (pipeline stages) need other keys; local shards are declared with ckpt.Shard(tensor, "
                 "global_shape, offset); what differs on purpose goes into ckpt.PerRank(obj)."
             )
-        self._check_replicas(world, collected)
+        groups = _replica_groups(world, self._ranks.rank)
+        self._check_replicas(world, groups, request.collected, None)
+        # Later saves look at parameters by samples, and at what is small or no parameter as a whole.
+        self._shared = {group: [k for k in keys if k not in world.buffers] for group, keys in groups.items()}
         self._plan = together(self._ranks, lambda: plan_save(world, self._ranks.rank))
         self._world, self._layout_bytes = world, layout_bytes
 
-    def _check_replicas(self, world: World, collected: Collected) -> None:
+    def _check_drift(self, collected: Collected, step: int) -> None:
+        """Replicas that were equal when the layout was first saved may have drifted apart since."""
+        assert self._world is not None
+        self._check_replicas(self._world, self._shared, collected, step)
+
+    def _check_replicas(
+        self, world: World, groups: dict[bytes, list[str]], collected: Collected, sample: int | None
+    ) -> None:
         """Tensors that several ranks hold by the same name must be byte-equal; of buffers the lowest rank's count."""
-        groups = _replica_groups(world, self._ranks.rank)
-        keys = {key for keys in groups.values() for key in keys}
-        digests = together(self._ranks, lambda: {key: _local_digest(collected.locals[key]) for key in sorted(keys)})
+        keys = sorted({key for keys in groups.values() for key in keys})
+        digests = together(self._ranks, lambda: {key: _local_digest(collected.locals[key], sample) for key in keys})
         said = [group + digest8(b"".join(digests[key] for key in keys)) for group, keys in groups.items()]
         questions = [
             (group, key)
             for group, rank in sorted(_disagreeing(self._ranks.gather(b"".join(said))).items())
             for key in _replica_groups(world, rank)[group]
+            if sample is None or key not in world.buffers
         ]
         answers = [digests[key] if group in groups else None for group, key in questions]
         different = {questions[i][1] for i in disagreements(self._ranks, answers)}
@@ -152,21 +185,20 @@ class Saver:
     def _write_together(self, attempt: str, plan: SavePlan, collected: Collected) -> _Written:
         """Every rank's part, durable; where one fails, the attempt is removed and all raise."""
         result: _Written | None = None
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             result = self._write(attempt, plan, collected)
-        except Exception as error:
+        except BaseException as error:
             failure = error
         try:
             self._ranks.meet()
         except DeadlineExceeded as error:
             raise SaveFailed(f"{attempt} was not committed: {error} Every older step is as it was.") from error
         try:
-            raise_together(self._ranks, failure)
-        except Exception:
-            if self._ranks.rank == 0:
-                with contextlib.suppress(CkptError):
-                    self._run.store.delete(self._run.attempt_path(attempt))  # a full disk needs the room
+            raise_together(self._ranks, failure, SaveFailed)
+        except BaseException:
+            if self._holder is not None:
+                self._holder.discard(attempt)  # a full disk needs the room
             raise
         assert result is not None
         return result
@@ -234,6 +266,32 @@ def _disagreeing(everyone: list[bytes]) -> dict[bytes, int]:
     return found
 
 
-def _local_digest(local: Local) -> bytes:
-    tensor = local.make().cpu().contiguous()
+def _local_digest(local: Local, sample: int | None) -> bytes:
+    """Digest of a local tensor; with `sample`, of three places in a large parameter, one of which `sample` moves."""
+    tensor = local.make()
+    if sample is not None and local.role == "parameter" and tensor.nbytes > _SAMPLED_ABOVE_BYTES:
+        flat, n = tensor.reshape(-1), _SAMPLE_ELEMENTS
+        moving = sample * 1_000_003 * n % (flat.numel() - n)
+        tensor = torch.cat([flat[:n], flat[moving : moving + n], flat[-n:]])
+    tensor = tensor.cpu().contiguous()
     return digest8(bytes_view(tensor))
+
+
+def step_number(step: object) -> int:
+    """`step` as a plain int in [0, 2**63); `Incompatible` for anything else."""
+    if not isinstance(step, bool) and hasattr(step, "__index__") and 0 <= (number := operator.index(step)) < 1 << 63:
+        return int(number)
+    raise Incompatible(f"a step is the number of completed steps, an int of 0 or more, not {step!r:.100}")
+
+
+def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`metrics` as floats; `Incompatible` for other types, or for more than a log record may hold."""
+    try:
+        found = {name: float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise Incompatible(f"metrics are numbers by name: {error}") from error
+    if any(not isinstance(name, str) or not name.isprintable() for name in found):
+        raise Incompatible(f"names of metrics are printable strings, got {list(found)[:4]!r:.200}")
+    if (nbytes := sum(len(name.encode()) + 32 for name in found)) > METRICS_LIMIT_BYTES:
+        raise Incompatible(f"{len(found)} metrics take about {nbytes} bytes, the limit is {METRICS_LIMIT_BYTES}")
+    return found

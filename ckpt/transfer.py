@@ -168,11 +168,11 @@ def _write_run(
 def _create(path: str, nbytes: int) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        fd = os.open(path, flags | os.O_DIRECT, 0o644)
+        fd = os.open(path, flags | os.O_DIRECT, 0o666)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(path, flags & ~os.O_EXCL, 0o644)  # no direct I/O here; the refused open may have made the file
+        fd = os.open(path, flags & ~os.O_EXCL, 0o666)  # no direct I/O here; the refused open may have made the file
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
@@ -214,7 +214,8 @@ class _Files:
             try:
                 got = os.preadv(fd, [into[done:]], at + done)
             except OSError as error:
-                raise StorageError(f"read {self.path(part)} at byte {at + done}: {error.strerror}") from error
+                what = f"read {self.path(part)} at byte {at + done}: {error.strerror}"
+                raise (Corrupt if error.errno == errno.EIO else StorageError)(what) from error
             if got == 0:
                 raise Corrupt(
                     f"{self.path(part)}: ends at byte {at + done}, its manifest says it has {at + len(into)} or more"
@@ -291,8 +292,8 @@ def _copy_out(path: str, segment: Segment, copy: Copy, buffer: torch.Tensor, at:
                 into.copy_(source)
         elif not _same_bytes(into, source.to(into.dtype)):
             raise Incompatible(
-                f"{path}: {segment.chunk.key} is tied to another tensor in your state, "
-                "but the checkpoint holds different values for the two. Untie them before you restore."
+                f"{path}: {segment.chunk.key} is tied to, or shares memory with, another tensor in your state, "
+                "but the checkpoint holds different values for the two. Give each its own memory before you restore."
             )
 
 

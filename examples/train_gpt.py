@@ -235,7 +235,7 @@ def train(url: str, total_steps: int, save_every: int, journal: Journal, config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="directory (or fsspec URL) of the run")
+    parser.add_argument("url", help="directory of the run")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--journal", type=Path, help="append a JSON line per event to this file (for demo.py; slow)")

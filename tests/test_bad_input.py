@@ -161,6 +161,12 @@ def _freed() -> torch.Tensor:
     return tensor
 
 
+def _circle() -> list[Any]:
+    circle: list[Any] = []
+    circle.append({"again": circle})
+    return circle
+
+
 def _quantized() -> torch.Tensor:
     return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
 
@@ -179,6 +185,9 @@ def _quantized() -> torch.Tensor:
         (_freed, "thing: this Tensor has no plain memory"),
         (lambda: torch.ones(3, device="meta"), "thing: a meta tensor has no memory.*to_empty"),
         (lambda: nn.Linear(2, 2, device="meta"), "thing/bias: a meta tensor"),
+        (lambda: nn.LazyLinear(3), "thing/bias: this lazy UninitializedParameter has no shape yet. Run the model once"),
+        (_circle, "a state cannot contain itself"),
+        (lambda: [_circle(), torch.ones(1)], "a state cannot contain itself"),
         (lambda: [1, ("a", torch.ones(1))], "a tuple in a state cannot hold tensors.*use a list"),
         (lambda: Box({"x": {1: object()}}), "thing: .*object"),
         (lambda: ckpt.PerRank(object()), "thing: .*object"),
@@ -187,7 +196,7 @@ def _quantized() -> torch.Tensor:
     ],
 )
 def test_an_object_that_cannot_be_stored(tmp_path: Path, make: Callable[[], Any], says: str) -> None:
-    refuses_to_save(tmp_path, {"inner": {"thing": make()}}, "^inner", says)
+    refuses_to_save(tmp_path, {"inner": {"thing": make()}}, "^inner|contain itself", says)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +205,11 @@ def test_an_object_that_cannot_be_stored(tmp_path: Path, make: Callable[[], Any]
         (torch.zeros(3, device="meta"), "t: a meta tensor has no memory.*to_empty"),
         (torch.zeros(1).expand(3), "t: an expanded tensor cannot be restored into.*contiguous"),
         (torch.zeros(3).to_sparse(), "t: only dense tensors"),
+        (torch.zeros(9).as_strided((3, 3), (2, 1)), "t: elements of this tensor overlap.*contiguous"),
+        (nn.UninitializedParameter(), "t: this lazy UninitializedParameter has no shape yet. Run the model once first"),
         (torch.zeros(3, dtype=torch.complex64).conj(), "t: a lazy conjugate cannot be restored into"),
     ],
-    ids=["meta", "expanded", "sparse", "conjugate"],
+    ids=["meta", "expanded", "sparse", "overlapping", "lazy", "conjugate"],
 )
 def test_a_target_that_cannot_be_filled(tmp_path: Path, target: torch.Tensor, says: str) -> None:
     with Checkpointer(tmp_path) as checkpointer:
@@ -348,3 +359,27 @@ def test_nothing_whole_to_fall_back_to(tmp_path: Path) -> None:
     attempt = saved(tmp_path, 1)
     cut(attempt / "MANIFEST")
     refused(Corrupt, lambda s: ckpt.restore(tmp_path, s, fallback=True), "MANIFEST")
+
+
+@pytest.mark.parametrize("step", [True, -1, 1.0, "7", None, 2**63])
+def test_a_step_that_is_no_count(tmp_path: Path, step: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, build(0))
+        refused(Incompatible, lambda s: checkpointer.save(step, s), "number of completed steps")
+    assert ckpt.restore(tmp_path, build(1)) == 3
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"a": "x"}, {"a": None}, {"a": [1.0]}, {"a": 10**400}, {3: 1.0}, {"a\n": 1.0}, {"x" * 40000: 1.0}]
+)
+def test_metrics_that_no_record_can_hold(tmp_path: Path, metrics: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        refused(Incompatible, lambda s: checkpointer.save(1, s, metrics=metrics), "metrics")
+        assert list((tmp_path / "steps").iterdir()) == []
+        checkpointer.save(1, build(0))
+
+
+@pytest.mark.parametrize("run_id", [5, "x" * 257, "\udc80"])
+def test_a_run_id_that_is_no_name(tmp_path: Path, run_id: Any) -> None:
+    with pytest.raises(Incompatible, match="run_id is a printable string"):
+        Checkpointer(tmp_path, run_id=run_id)

@@ -175,3 +175,34 @@ def test_another_run_id_is_refused_until_it_takes_over(tmp_path: Path) -> None:
     first.save(2, state(2))  # untouched by the attempt
     assert Checkpointer(tmp_path, run_id="job-a").restore(state(0)) == 2
     assert Checkpointer(tmp_path, run_id="job-b", takeover=True).restore(state(0)) == 2
+
+
+def test_going_back_that_fails_leaves_the_run_where_it_was(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 1, 2)
+    with pytest.raises(Incompatible, match="shape"):
+        checkpointer.restore({"t": torch.zeros(4), "n": 0}, step=1)
+    assert checkpointer.all_steps() == [1, 2]
+    damage = next(tmp_path.glob("steps/000000001.*/r00000.safetensors"))
+    damage.write_bytes(damage.read_bytes()[:-4096] + b"\xff" * 4096)
+    with pytest.raises(ckpt.Corrupt):
+        checkpointer.restore(state(0), step=1)
+    assert Checkpointer(tmp_path).restore(state(0)) == 2
+
+
+def test_a_run_that_was_replaced_under_its_writer_fences_it(tmp_path: Path) -> None:
+    old = saved(tmp_path / "run", 1)
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.raises(Fenced, match="removed since"):
+        old.save(2, state(2))
+    saved(tmp_path / "run", 10, 11, 12).close()
+    with pytest.raises(Fenced, match="replaced by another run"):
+        old.save(20, state(20))
+    assert value_of(tmp_path / "run") == 12
+
+
+def test_a_relative_address_survives_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpointer = saved(Path("run"), 1)
+    monkeypatch.chdir("/")
+    checkpointer.save(2, state(2))
+    assert checkpointer.all_steps() == [1, 2]

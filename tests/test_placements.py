@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from jobs import Pool
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -258,3 +258,67 @@ def test_fewer_rows_than_ranks_and_offload(pool: Pool, tmp_path: Path, offload: 
     saved = outcomes[0].result
     for world in (4, 3, 2):
         assert pool.results(restore_tiny, world, str(tmp_path), offload) == [saved] * world
+
+
+# FSDP2 with parameters that a forward or backward pass left unsharded
+
+
+def unsharded(seed: int, how: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """After it, `model.parameters()` are not those of the optimizer."""
+    model, optim = tiny(seed)
+    if how == "evaluated":
+        with torch.no_grad():
+            model(torch.ones(4, 3))
+    else:
+        model.set_reshard_after_backward(False)
+        model(torch.ones(4, 3)).sum().backward()
+    held = {id(parameter) for parameter in optim.param_groups[0]["params"]}
+    assert any(id(parameter) not in held for parameter in model.parameters())
+    return model, optim
+
+
+def save_unsharded(rank: int, world: int, url: str, how: str) -> list[Any]:
+    model, optim = unsharded(1, how)
+    with ckpt.Checkpointer(url) as checkpointer:
+        checkpointer.save(1, {"m": model, "o": optim})
+    return _tensors_held(optim)
+
+
+def restore_unsharded(rank: int, world: int, url: str, how: str) -> list[Any]:
+    model, optim = tiny(2) if how == "fresh" else unsharded(2, how)
+    ckpt.restore(url, {"m": model, "o": optim})
+    return _tensors_held(optim)
+
+
+def _tensors_held(optim: torch.optim.Optimizer) -> list[Any]:
+    values = [(p, *entries(optim, p)) for p in optim.param_groups[0]["params"]]
+    return [v.full_tensor().tolist() if isinstance(v, DTensor) else v.tolist() for row in values for v in row]
+
+
+@pytest.mark.parametrize("how", ["evaluated", "not resharded"])
+def test_unsharded_parameters_keep_their_names(pool: Pool, tmp_path: Path, how: str) -> None:
+    saved = pool.results(save_unsharded, 2, str(tmp_path), how)
+    assert {"o/state/m/0.weight/exp_avg", "o/state/m/1.weight/exp_avg"} <= ckpt.load(tmp_path).keys()
+    for target in ("fresh", "evaluated", "not resharded"):
+        assert pool.results(restore_unsharded, 2, str(tmp_path), target) == saved
+
+
+# A mesh of some of the ranks
+
+
+def save_on_one(rank: int, world: int, url: str) -> str:
+    mesh = DeviceMesh("cpu", [0])
+    tensor = DTensor.from_local(torch.ones(2), mesh, [Shard(0)])
+    with ckpt.Checkpointer(url) as checkpointer:
+        try:
+            checkpointer.save(1, {"t": tensor})
+        except ckpt.Incompatible as error:
+            checkpointer.save(1, {"t": tensor} if rank == 0 else {})
+            return str(error)
+    return "saved"
+
+
+def test_a_rank_outside_of_the_mesh_is_told(pool: Pool, tmp_path: Path) -> None:
+    for said in pool.results(save_on_one, 2, str(tmp_path)):
+        assert "t: rank 1 is not in the mesh of this DTensor (ranks [0]). Leave the key out" in said
+    assert ckpt.load(tmp_path)["t"].tolist() == [1.0, 1.0]

@@ -489,3 +489,61 @@ def test_each_rank_writes_its_share_once(pool: Pool, tmp_path: Path, kind: str, 
     assert len(sizes) == world
     assert max(sizes) <= 1.1 * sum(sizes) / world
     assert unique <= sum(sizes) <= 1.05 * unique + 65536 * world
+
+
+# Replicas that were equal once, and calls that are not alike
+
+
+def save_drifting(rank: int, world: int, url: str) -> list[Error]:
+    big = nn.Parameter(torch.zeros(200_000))
+    state = {"big": big, "small": nn.Parameter(torch.zeros(3)), "plain": torch.zeros(200_000)}
+    said = []
+    with ckpt.Checkpointer(url) as checkpointer:
+        for step, (name, at) in enumerate([("big", slice(None)), ("small", 1), ("plain", 77_777)], start=1):
+            said.append(told(lambda step=step: checkpointer.save(10 * step, state)))  # type: ignore[misc]
+            with torch.no_grad():
+                state[name][at] += rank
+                said.append(told(lambda step=step: checkpointer.save(10 * step + 1, state)))  # type: ignore[misc]
+                state[name][at] -= rank
+    return said
+
+
+def test_replicas_that_drift_apart_are_refused(pool: Pool, tmp_path: Path) -> None:
+    for said in pool.results(save_drifting, 2, str(tmp_path)):
+        assert [kind for kind, _ in said] == ["", "Incompatible"] * 3
+        for (_, message), name in zip(said[1::2], ("big", "small", "plain"), strict=True):
+            assert f"ranks hold different values under the same key: {name}." in message
+
+
+def call_unalike(rank: int, world: int, url: str) -> list[Error]:
+    state = {"w": torch.zeros(3)}
+    with ckpt.Checkpointer(url, every=ckpt.Every(steps=2 + rank)) as checkpointer:
+        checkpointer.save(1, state)
+        return [
+            told(lambda: next(checkpointer.steps(9, state))),
+            told(lambda: checkpointer.restore(state, only=["w"] if rank else None)),
+            told(lambda: checkpointer.save(True if rank else 2, state)),
+            told(lambda: checkpointer.restore(state)),
+        ]
+
+
+def test_calls_that_differ_from_rank_to_rank_are_refused_on_all(pool: Pool, tmp_path: Path) -> None:
+    for said in pool.results(call_unalike, 2, str(tmp_path), deadline_s=60):
+        assert [kind for kind, _ in said] == ["Incompatible", "Incompatible", "Incompatible", ""]
+
+
+def fall_back_with_two_causes(rank: int, world: int, url: str) -> Error:
+    state = {"w": torch.zeros(3), "v": torch.zeros(3)}
+    with ckpt.Checkpointer(url) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.save(2, state)
+        failing = mock.patch(
+            "ckpt.restorer.read_data", side_effect=[ckpt.Corrupt("c") if rank else OSError("io"), None]
+        )
+        with failing, mock.patch("torch.autograd.graph.increment_version"):
+            return told(lambda: checkpointer.restore(state, fallback=True))
+
+
+def test_ranks_that_fail_for_two_reasons_raise_one_kind(pool: Pool, tmp_path: Path) -> None:
+    kinds = [kind for kind, _ in pool.results(fall_back_with_two_causes, 2, str(tmp_path), deadline_s=60)]
+    assert kinds == ["OSError", "CkptError"]

@@ -169,6 +169,43 @@ def test_saved_untied_and_different_into_tied(tmp_path: Path) -> None:
     assert "partly overwritten" in str(caught.value)
 
 
+def _rows(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"x": tensor, "y": tensor[:2]}
+
+
+def _turned(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"x": tensor, "y": tensor.t()}
+
+
+def _sides(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"x": tensor[:, :2], "y": tensor[:, 2:]}
+
+
+def _halves(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"x": tensor.view(-1)[:5000], "y": tensor.view(-1)[5000:]}
+
+
+VIEWS = {"rows": _rows, "turned": _turned, "sides": _sides, "halves": _halves}
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_targets_in_one_memory(tmp_path: Path, views: str) -> None:
+    """Those that share elements hold what is stored or are refused; those that only lie together never are."""
+    source = torch.arange(10000.0).view(100, 100)
+    target = torch.zeros(100, 100)
+    round_trip(tmp_path / "same", VIEWS[views](source), VIEWS[views](target))
+    assert torch.equal(target, source)
+
+    apart = {name: torch.rand(view.shape) for name, view in VIEWS[views](source).items()}
+    target = VIEWS[views](torch.zeros(100, 100))
+    if views in ("rows", "turned"):
+        with pytest.raises(Incompatible, match="the checkpoint holds different values"):
+            round_trip(tmp_path / "apart", apart, target)
+    else:
+        round_trip(tmp_path / "apart", apart, target)
+        assert all(torch.equal(target[name], apart[name]) for name in apart)
+
+
 def test_the_same_tensor_in_two_members_is_stored_once(tmp_path: Path) -> None:
     net, other = model(0), model(1)
     round_trip(tmp_path, {"model": net, "alias": net[0].weight}, {"model": other, "alias": other[0].weight})
@@ -306,12 +343,39 @@ def test_rename_onto_one_name_is_refused(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [("float32", "bfloat16"), ("float16", "float64"), ("int32", "float32")])
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ("float32", "bfloat16"),
+        ("float16", "float64"),
+        ("uint8", "int32"),
+        ("bool", "int64"),
+        ("complex128", "complex64"),
+    ],
+)
 def test_cast_converts(tmp_path: Path, stored: str, wanted: str) -> None:
-    source = torch.arange(600, dtype=DTYPES[stored]).view(20, 30)
+    source = torch.arange(600).to(DTYPES[stored]).view(20, 30)
     target = torch.zeros(20, 30, dtype=DTYPES[wanted])
     round_trip(tmp_path, {"t": source}, {"t": target}, cast=True)
     assert bits(target) == bits(source.to(DTYPES[wanted]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        *[("complex64", "float32"), ("complex64", "int32"), ("complex64", "bool"), ("float32", "complex64")],
+        *[("float32", "int64"), ("float32", "bool"), ("int32", "float32"), ("bool", "float32")],
+        *[("int64", "int32"), ("int8", "uint8"), ("uint8", "bool")],
+    ],
+)
+def test_cast_refuses_what_would_lose_values(tmp_path: Path, stored: str, wanted: str) -> None:
+    target = torch.full((4,), 7).to(DTYPES[wanted])
+    before = bits(target)
+    with pytest.raises(
+        Incompatible, match=f"t: {stored} in the checkpoint, {wanted} in the state, which cast=True does"
+    ):
+        round_trip(tmp_path, {"t": torch.ones(4, dtype=DTYPES[stored])}, {"t": target}, cast=True)
+    assert bits(target) == before
 
 
 def test_not_strict_skips_what_is_missing_on_either_side(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckpt.adapt.fsdp1 import Fsdp1Module, Fsdp1Optimizer
-from ckpt.adapt.modules import Names, is_fsdp1
+from ckpt.adapt.modules import Names, is_fsdp1, module_state
 from ckpt.adapt.optimizers import OptimizerMember, ParameterNames
 from ckpt.adapt.state import (
     Bound,
@@ -68,7 +68,10 @@ def selected(key: str, only: tuple[str, ...] | None) -> bool:
 def _members(state: State, rank: int, world: int) -> list[Member]:
     if not isinstance(state, dict | list):
         raise Incompatible(f'a state is a dict or a list, not {type(state).__name__}: {{"model": model, ...}}')
-    found = list(_walk(state, (), rank, world))
+    try:
+        found = list(_walk(state, (), rank, world))
+    except RecursionError:
+        raise Incompatible("a state cannot contain itself, nor nest hundreds of levels deep") from None
     names = _parameter_names(found)
     fsdp1 = [(path, obj) for path, obj in found if isinstance(obj, nn.Module) and is_fsdp1(obj)]
     members = [
@@ -170,12 +173,23 @@ def _parameter_names(leaves: list[tuple[Path, Any]]) -> ParameterNames:
     declared: dict[int, Shard] = {}
     for path, item in leaves:
         if isinstance(item, nn.Module):
-            names = Names(item)
-            for name, parameter in item.named_parameters(remove_duplicate=False):
-                paths.setdefault(id(parameter), []).append((*path, component(names.canonical(name))))
+            for name, parameter in _named_parameters(item):
+                paths.setdefault(id(parameter), []).append((*path, component(name)))
         elif isinstance(item, Shard):
             declared[id(item.tensor)] = item
             paths.setdefault(id(item.tensor), []).append(path)
         elif isinstance(item, torch.Tensor):
             paths.setdefault(id(item), []).append(path)
     return ParameterNames({key: tuple(sorted(set(found))) for key, found in paths.items()}, declared)
+
+
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(canonical name, parameter) as optimizers hold it, under all of its names, those outside the state dict too.
+
+    FSDP2 may have left its unsharded parameters in the module; the hooks of a state dict bring back the sharded
+    ones. That of FSDP1 runs collectives, and `Fsdp1Optimizer` has names of its own.
+    """
+    if not is_fsdp1(module):
+        yield from ((name, value) for name, _, value in module_state(module) if isinstance(value, nn.Parameter))
+    names = Names(module)
+    yield from ((names.canonical(name), p) for name, p in module.named_parameters(remove_duplicate=False))

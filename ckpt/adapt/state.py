@@ -19,6 +19,7 @@ from urllib.parse import quote
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from ckpt import codec
 from ckpt.adapt.modules import is_extra_state, is_parameter, module_state, set_extra_state
@@ -223,8 +224,10 @@ class Bound:
 
 
 def _refuse_opaque(key: str, tensor: torch.Tensor | Shard) -> None:
-    """Nested tensors, and those without memory: made of other tensors (subclasses), freed, or fake."""
+    """Nested tensors, and those without memory: made of other tensors (subclasses), lazy, freed, or fake."""
     outer = tensor.tensor if isinstance(tensor, Shard) else tensor
+    if is_lazy(outer):
+        raise Incompatible(f"{key}: this lazy {type(outer).__name__} has no shape yet. Run the model once first.")
     if isinstance(outer, DTensor) or outer.layout != torch.strided or outer.device.type == "meta":
         return
     if outer.is_nested or (outer.numel() and not outer.data_ptr()):
@@ -237,6 +240,13 @@ def _refuse_opaque(key: str, tensor: torch.Tensor | Shard) -> None:
 def _refuse_shared_elements(key: str, tensor: torch.Tensor) -> None:
     if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise Incompatible(f"{key}: an expanded tensor cannot be restored into. Pass tensor.contiguous() instead.")
+    reach = 0  # a stride beyond all that the smaller ones reach: no element lies on another
+    for stride, n in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride <= reach and tensor.numel():
+            raise Incompatible(
+                f"{key}: elements of this tensor overlap: it cannot be restored into. Pass tensor.contiguous() instead."
+            )
+        reach += stride * (n - 1)
     if tensor.is_conj() or tensor.is_neg():
         raise Incompatible(f"{key}: a lazy conjugate cannot be restored into. Pass the tensor behind it instead.")
 
@@ -301,7 +311,9 @@ class ModuleMember:
 
 @dataclass
 class ValueMember:
-    """A plain value in a dict or list of the state; restoring replaces it there."""
+    """A plain value in a dict or list of the state. Restoring puts a new object there: whoever else holds the old one
+    keeps it as it was.
+    """
 
     path: Path
     value: object

@@ -80,6 +80,11 @@ def _sharding(key: str, tensor: torch.Tensor | Shard, inner: torch.Tensor) -> Sh
     if not isinstance(tensor, DTensor):
         return Whole()
     mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:
+        raise Incompatible(
+            f"{key}: rank {mesh.get_rank()} is not in the mesh of this DTensor (ranks {mesh.mesh.flatten().tolist()}). "
+            "Leave the key out of the state on ranks outside of the mesh."
+        )
     sharding = OnMesh(_mesh(mesh), tuple(_placement(key, p) for p in tensor.placements))
     pieces = pieces_of(sharding, tuple(tensor.shape), mesh.get_rank())
     expected = sum(piece.box.numel for piece in pieces)

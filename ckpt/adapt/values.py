@@ -70,6 +70,19 @@ def dtype_from_name(name: str) -> torch.dtype:
     return dtype
 
 
+def can_cast(stored: str, wanted: str) -> bool:
+    """Whether values of one dtype may become the other: real or complex of any width, integers without loss."""
+    source, target = dtype_from_name(stored), dtype_from_name(wanted)
+    if source.is_complex or target.is_complex:
+        return source.is_complex and target.is_complex
+    if source.is_floating_point or target.is_floating_point:
+        return source.is_floating_point and target.is_floating_point
+    if torch.bool in (source, target):
+        return source is torch.bool
+    narrow, wide = torch.iinfo(source), torch.iinfo(target)
+    return wide.min <= narrow.min and narrow.max <= wide.max
+
+
 def extend_encode(value: object) -> tuple[str, object] | None:
     """(tag, payload) of a torch or NumPy object, None for anything else.
 

@@ -337,6 +337,9 @@ class _Entry:
     start: int
     stop: int
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} in bytes {self.start} to {self.stop}"
+
 
 def _header_faults(path: str, part: Part) -> Iterator[tuple[str | None, str]]:
     """How the header differs from the part, and padding that is not zero."""
@@ -357,7 +360,7 @@ def _header_faults(path: str, part: Part) -> Iterator[tuple[str | None, str]]:
             yield None, f"its header cannot be read: {error.strerror}"
             return
     if bad:
-        yield None, f"{len(bad)} runs of padding are not zero, the first at file byte {bad[0]}; no tensor lies there"
+        yield None, f"padding is not zero in {len(bad)} places, the first at file byte {bad[0]}; no tensor lies there"
 
 
 def _read_header(fd: int, data_bytes: int) -> tuple[dict[str, _Entry], int]:

@@ -232,14 +232,15 @@ class Checkpointer:
 
     # The loop
 
-    def steps(self, total: int, state: Any, *, required: bool = False) -> Iterator[int]:
+    def steps(self, total: int, state: Any, *, required: bool = False, fallback: bool = False) -> Iterator[int]:
         """Yield the index of each step still to run, `total` in all: restores first, saves as `every` says.
 
         Also saves at the end, and on SIGTERM: all ranks then finish one agreed step, save it, and the loop ends
-        early (exit with the usual code 143 if `stopped`). Leaving the loop by `break` does not save.
+        early (exit with the usual code 143 if `stopped`). Leaving the loop by `break` does not save. `required` and
+        `fallback` as in `restore`.
         """
         require_equal(self._ranks, "steps", (total, self._every))
-        first = self.restore(state, required=required) or 0
+        first = self.restore(state, required=required, fallback=fallback) or 0
         self._stop_asked = self.stopped = False
         with _sigterm(self._ask_to_stop), _progress(first, total, self._ranks.rank) as advance:
             pending = None

@@ -69,8 +69,8 @@ class StepReader:
 
     def _damaged(self, name: str, what: str) -> Corrupt:
         return Corrupt(
-            f"{self._where(name)}: {what}. Other steps are not affected: `ckpt check {self.run.url}` tells which are "
-            "whole, restore(..., fallback=True) takes the newest of them"
+            f"{self._where(name)}: {what}. Other steps are not affected: `ckpt check {self.run.url} --all` tells which "
+            "are whole, restore(..., fallback=True) takes the newest of them"
         )
 
     def _metadata(self, name: str, limit_bytes: int) -> bytes:
@@ -188,10 +188,7 @@ def _validate(
         kept.append(local)
     for wanted in bound.wanted:
         if wanted.on_resize == "error" and world != reader.manifest.world.size:
-            problems.append(
-                f"{wanted.key} belongs to each of {reader.manifest.world.size} ranks and there are {world} now: wrap "
-                'it in ckpt.PerRank(obj, on_resize="first" or a function)'
-            )
+            problems.append(_needs_resize(reader, wanted, world))
     if relaxed.strict:
         problems += [f"in the checkpoint, not in the state: {name}" for name in unexpected]
         problems += _idle(saved, bound, relaxed.only or ())
@@ -207,6 +204,15 @@ def _idle(saved: Saved, bound: Bound, only: Sequence[str]) -> list[str]:
     return [
         f"only={p!r} names nothing in the checkpoint" for p in only if not any(selected(name, (p,)) for name in names)
     ]
+
+
+def _needs_resize(reader: StepReader, wanted: Wanted, world: int) -> str:
+    saved = reader.manifest.world.size
+    what = "it is a PerRank" if wanted.on_resize == "error" else "it is a loader or sampler, at another place on each"
+    return (
+        f"{wanted.key} belongs to each of the {saved} ranks that saved it ({what}), and there are {world} now: say "
+        'what each gets by ckpt.PerRank(obj, on_resize="first") or on_resize=fn(states, rank, world)'
+    )
 
 
 def _mismatch(local: Local, spec: TensorSpec, cast: bool) -> str | None:
@@ -336,9 +342,12 @@ def _stored_value(reader: StepReader, wanted: Wanted, name: str, ranks: Ranks) -
                     f"{world.size} stored one. Nothing was touched."
                 )
             holders = [ranks.rank]
-        elif not callable(wanted.on_resize):
+        elif wanted.on_resize in ("first", "reseed"):
             holders = holders[:1]
-        return [reader.part(rank).rank_values[name] for rank in holders]
+        stored = [reader.part(rank).rank_values[name] for rank in holders]
+        if wanted.on_resize == "equal" and len(set(stored)) > 1:
+            raise Incompatible(_needs_resize(reader, wanted, ranks.size) + ". Nothing was touched.")
+        return stored
     except KeyError as error:
         raise Corrupt(f"step {reader.commit.step} of {reader.run.url}: the part lacks the value {error}") from None
 
@@ -357,7 +366,7 @@ def _finish(values: Sequence[tuple[Wanted, list[bytes]]], bound: Bound, reader: 
 
 def _value(wanted: Wanted, stored: Sequence[bytes], reader: StepReader, ranks: Ranks) -> object:
     decoded = [decode_value(data, wanted.refs) for data in stored]
-    if wanted.on_resize is None or reader.manifest.world.size == ranks.size or wanted.on_resize == "first":
+    if wanted.on_resize in (None, "first", "equal") or reader.manifest.world.size == ranks.size:
         return decoded[0]
     resize = Rng.reseed if wanted.on_resize == "reseed" else wanted.on_resize
     assert callable(resize)

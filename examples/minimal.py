@@ -28,6 +28,8 @@ def main(url: str, total_steps: int = 20_000) -> None:
             checkpointer.report(loss=loss.item())
             if (step + 1) % 1000 == 0:
                 print(f"step {step + 1:6d}  loss {loss.item():.6f}", flush=True)
+    if checkpointer.stopped:
+        sys.exit(143)  # SIGTERM: the step is saved, but the run is not finished
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python examples/read_format.py RUN_DIRECTORY
 
-Prints every tensor of the newest step with its dtype, shape and sum. Everything is verified on the way.
+Prints every tensor of the newest step with its dtype, shape and sum. What it reads is verified on the way.
 """
 
 import json
@@ -67,7 +67,8 @@ def read_step(run: Path, commit: dict) -> dict[str, torch.Tensor]:
     for layout in manifest["world"]["layouts"]:
         for key, dtype, shape, _, _ in layout["tensors"]:
             tensors.setdefault(key, torch.zeros(shape, dtype=getattr(torch, dtype)))
-    for rank, (nbytes, part_digest, _) in enumerate(manifest["parts"]):
+    for rank, (nbytes, part_digest, data_bytes) in enumerate(manifest["parts"]):
+        assert (step / f"r{rank:05d}.safetensors").stat().st_size == data_bytes, f"a data file of {step} is cut"
         part = read_frame(step / f"r{rank:05d}.part", b"HFpart_\x01", nbytes, part_digest.hex())
         for chunk in part["chunks"]:
             key, offset, shape = chunk[:3]
@@ -79,6 +80,8 @@ def read_step(run: Path, commit: dict) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "FORMAT.json").exists():
+        sys.exit(__doc__)
     found = read_log(Path(sys.argv[1]))
     if found is None:
         sys.exit("no step")

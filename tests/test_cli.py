@@ -385,7 +385,7 @@ def test_damage_is_one_readable_line_and_says_what_to_run_next(run: Path, main: 
     assert f"`ckpt check {run} --all`" in done.stderr
     (_attempt(run, 40) / MANIFEST).unlink()
     code, out, error = main("show", run)
-    assert (code, out, f"{MANIFEST}: this file" in error, f"`ckpt check {run}`" in error) == (12, "", True, True)
+    assert (code, out, f"{MANIFEST}: this file" in error, f"`ckpt check {run} --all`" in error) == (12, "", True, True)
 
 
 def test_a_damaged_record_exits_12_and_names_it(run: Path, main: Main) -> None:

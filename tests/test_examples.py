@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import ckpt
@@ -45,3 +47,23 @@ def test_a_page_without_the_library_reads_the_format() -> None:
     assert set(shown) == set(loaded)
     assert shown["uneven"].endswith("torch.float32  [7, 5]  sum 595")
     assert shown["declared"].endswith("torch.int64  [8]  sum 28")
+
+
+def test_the_program_of_the_readme_runs_goes_on_and_takes_other_ranks(tmp_path: Path) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    block = next(b for b in re.findall(r"   ```python\n(.*?)   ```", readme, flags=re.DOTALL) if "train.py" not in b)
+    (tmp_path / "train.py").write_text(textwrap.dedent(block).replace("steps(5000", "steps(300"))
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(EXAMPLES.parent)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "step 300 loss" in run("train.py")
+    assert run("train.py") == ""  # nothing left to do
+    (tmp_path / "train.py").write_text((tmp_path / "train.py").read_text().replace("steps(300", "steps(500"))
+    assert "step 500 loss" in run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    assert ckpt.Checkpointer(tmp_path / "run1").all_steps() == [100, 200, 300, 400, 500]

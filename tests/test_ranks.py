@@ -547,3 +547,37 @@ def fall_back_with_two_causes(rank: int, world: int, url: str) -> Error:
 def test_ranks_that_fail_for_two_reasons_raise_one_kind(pool: Pool, tmp_path: Path) -> None:
     kinds = [kind for kind, _ in pool.results(fall_back_with_two_causes, 2, str(tmp_path), deadline_s=60)]
     assert kinds == ["OSError", "CkptError"]
+
+
+class Sampler:
+    """Iterable, with a place in the data."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __iter__(self) -> Any:
+        return iter(range(self.at, 9))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def save_sampler(rank: int, world: int, url: str, alike: bool) -> None:
+    with ckpt.Checkpointer(url) as checkpointer:
+        checkpointer.save(1, {"sampler": Sampler(5 if alike else rank)})
+
+
+def restore_sampler(rank: int, world: int, url: str) -> tuple[Error, int]:
+    sampler = Sampler(0)
+    return told(lambda: ckpt.restore(url, {"sampler": sampler})), sampler.at
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_sampler_moves_to_another_world_if_it_was_alike_on_all_ranks(pool: Pool, tmp_path: Path, alike: bool) -> None:
+    pool.results(save_sampler, 3, str(tmp_path), alike)
+    for error, at in pool.results(restore_sampler, 2, str(tmp_path)):
+        assert (error[0], at) == (("", 5) if alike else ("Incompatible", 0))
+        assert alike or "ckpt.PerRank(obj, on_resize=" in error[1]

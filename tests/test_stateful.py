@@ -334,3 +334,24 @@ def test_a_module_that_is_called_like_a_wrapper_s_attribute(tmp_path: Path) -> N
     net.module = nn.Linear(2, 2)
     round_trip(tmp_path, {"m": DistributedDataParallel(net)}, {"m": net})
     assert keys(tmp_path) == {"m/module.weight", "m/module.bias"}
+
+
+# Containers of values
+
+
+def test_containers_are_filled_where_they_are(tmp_path: Path) -> None:
+    def made(n: int) -> dict[str, Any]:
+        return {"seen": n, "hist": Counter({n: n}), "list": [n, {"deep": n}], "array": np.full(3, n), "set": {n}}
+
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"stats": made(7), "top": [1, 2, 3]})
+    stats, top = made(0), [0]
+    held = [stats["hist"], stats["list"], stats["list"][1], stats["array"], stats["set"]]
+    state = {"stats": stats, "top": top}
+    ckpt.restore(tmp_path, state)
+    assert state["stats"] is stats
+    assert repr(stats) == repr(made(7))
+    assert top == [1, 2, 3]
+    assert [id(item) for item in held] == [
+        id(item) for item in (stats["hist"], stats["list"], stats["list"][1], stats["array"], stats["set"])
+    ]

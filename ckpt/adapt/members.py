@@ -104,9 +104,33 @@ def _walk(node: Any, path: Path, rank: int, world: int) -> Iterator[tuple[Path, 
 
 def _putter(container: Any, name: Any) -> Callable[[object], None]:
     def put(value: object) -> None:
-        container[name] = value
+        container[name] = filled(container[name], value)
 
     return put
+
+
+def filled(old: Any, new: Any) -> Any:
+    """`new`, in the memory of `old` where that is a container of the same type: whoever else holds it sees it too."""
+    if type(old) is not type(new):
+        return new
+    if isinstance(new, dict):
+        items = {key: filled(old[key], value) if key in old else value for key, value in new.items()}
+        old.clear()
+        for key, value in items.items():
+            old[key] = value
+    elif isinstance(new, list):
+        kept = [filled(a, b) for a, b in zip(old, new, strict=False)]
+        old[:] = kept + new[len(kept) :]
+    elif isinstance(new, set):
+        old.clear()
+        old.update(new)
+    elif isinstance(new, bytearray):
+        old[:] = new
+    elif type(new).__name__ == "ndarray" and (old.shape, old.dtype) == (new.shape, new.dtype) and old.flags.writeable:
+        old[...] = new
+    else:
+        return new
+    return old
 
 
 def _is_leaf(item: Any) -> bool:
@@ -141,8 +165,8 @@ def _member(item: Any, path: Path) -> Member:
         return RankMember(path, item.state_dict, item.load_state_dict, "reseed", last=True)
     if isinstance(item, PerRank):
         return _per_rank(item, path)
-    if hasattr(item, "__iter__"):  # loaders and samplers stand at another place on every rank
-        return RankMember(path, item.state_dict, item.load_state_dict, "error")
+    if hasattr(item, "__iter__"):  # loaders and samplers may stand at another place on every rank
+        return RankMember(path, item.state_dict, item.load_state_dict, "equal")
     return StatefulMember(path, item)
 
 
@@ -153,7 +177,7 @@ def _per_rank(item: PerRank, path: Path) -> Member:
         return RankMember(path, item.obj.state_dict, item.obj.load_state_dict, item.on_resize)
 
     def put(value: object) -> None:
-        item.obj = value
+        item.obj = filled(item.obj, value)
 
     return RankMember(path, lambda: item.obj, put, item.on_resize)
 

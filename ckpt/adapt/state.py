@@ -311,9 +311,7 @@ class ModuleMember:
 
 @dataclass
 class ValueMember:
-    """A plain value in a dict or list of the state. Restoring puts a new object there: whoever else holds the old one
-    keeps it as it was.
-    """
+    """A plain value in a dict or list of the state. Restoring fills a container of the same type, else replaces it."""
 
     path: Path
     value: object

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
-OnResize = Literal["error", "first", "reseed"] | Callable[[Sequence[Any], int, int], Any]
+OnResize = Literal["error", "first", "equal", "reseed"] | Callable[[Sequence[Any], int, int], Any]
 
 
 class PerRank:

@@ -28,7 +28,7 @@ from ckpt.slices import Slice, flat_boxes, flat_span, is_flat, whole
 
 WRITE_THREADS = 2
 READ_THREADS = 2
-CACHED_BYTES = 2 * BLOCK_BYTES  # read, then verified while it is in the core's own cache
+CACHED_BYTES = BLOCK_BYTES  # read, then verified while it is in the core's own cache
 READ_AHEAD = 8  # fetches of at most RUN_BYTES each
 
 T = TypeVar("T")

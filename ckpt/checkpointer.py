@@ -8,22 +8,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ckpt.agreement import Signal, on_first, require_equal, together
 from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound
 from ckpt.holder import Holder, find_commit
 from ckpt.log import HEAD, View
+from ckpt.process import OnSigterm, StepBar
 from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
@@ -118,7 +115,7 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._last_saved: int | None = None
         self._stop_asked = False
-        self._by_hand = _sigterm(self._ask_to_stop)
+        self._by_hand = OnSigterm(self._ask_to_stop)
         self._closed = False
 
     def __enter__(self) -> Checkpointer:
@@ -242,7 +239,7 @@ class Checkpointer:
         require_equal(self._ranks, "steps", (total, self._every))
         first = self.restore(state, required=required, fallback=fallback) or 0
         self._stop_asked = self.stopped = False
-        with _sigterm(self._ask_to_stop), _progress(first, total, self._ranks.rank) as advance:
+        with OnSigterm(self._ask_to_stop), StepBar(first, total, self._ranks.rank) as advance:
             pending = None
             for step in range(first, total):
                 yield step
@@ -465,58 +462,6 @@ def _run_id(given: str | None) -> str | None:
 
 def _paths(only: Sequence[str] | None) -> tuple[str, ...] | None:
     return (only,) if isinstance(only, str) else None if only is None else tuple(only)
-
-
-class _sigterm:  # noqa: N801
-    """While entered, SIGTERM calls `act` instead of ending the process; elsewhere than the main thread a no-op."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
-        self._before: Any = None
-        self._active = False
-
-    def __enter__(self) -> None:
-        if self._active:
-            return
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._handle)
-            self._active, self._pid = True, os.getpid()
-        except ValueError:
-            log.info("not in the main thread: SIGTERM will not save")
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self._act()
-            return
-        signal.signal(signal.SIGTERM, self._before)  # a forked child must not outlive its parent's terminate()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGTERM, self._before)
-            self._active = False
-
-
-class _progress:  # noqa: N801
-    """A bar on stderr on rank 0 of a job at a terminal; nothing elsewhere."""
-
-    def __init__(self, first: int, total: int, rank: int) -> None:
-        self._bar = Progress(
-            TextColumn("steps"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=rank != 0 or not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("steps", total=total, completed=first)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._bar.start()
-        return lambda done: self._bar.update(self._task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
 
 __all__ = ["Checkpointer", "CkptError", "Every", "HEAD", "SaveHandle", "follow", "restore"]

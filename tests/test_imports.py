@@ -39,6 +39,7 @@ ORDER = [
     "ckpt.saver",
     "ckpt.restorer",
     "ckpt.load",
+    "ckpt.process",
     "ckpt.checkpointer",
     "ckpt",
     "ckpt.check",

@@ -77,7 +77,9 @@ class Checkpointer:
     """Saves and restores the state of a training run under one address, on all ranks together.
 
     `url` is a directory that all nodes see. With several ranks, `torch.distributed` must be initialised first;
-    every method is then collective unless it says otherwise. `commit_timeout_s` bounds every wait for other ranks.
+    every method is then collective unless it says otherwise. `commit_timeout_s` bounds every wait for other ranks,
+    in a save as between two iterations of `steps`: raise it, like the process group's own, where one rank evaluates
+    for longer than that while the others wait.
 
     Errors (all `CkptError`): `Fenced` when a newer start of the run has taken over, `SaveFailed` and
     `StorageError` when a save does not commit, `Corrupt`, `Incompatible`, `NotFound`, `DeadlineExceeded`.

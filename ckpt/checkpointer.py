@@ -19,7 +19,7 @@ import msgspec
 from ckpt.agreement import Signal, on_first, require_equal, together
 from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound
 from ckpt.holder import Holder, find_commit
-from ckpt.log import HEAD, View
+from ckpt.log import View
 from ckpt.process import OnSigterm, StepBar
 from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
@@ -464,6 +464,3 @@ def _run_id(given: str | None) -> str | None:
 
 def _paths(only: Sequence[str] | None) -> tuple[str, ...] | None:
     return (only,) if isinstance(only, str) else None if only is None else tuple(only)
-
-
-__all__ = ["Checkpointer", "CkptError", "Every", "HEAD", "SaveHandle", "follow", "restore"]

@@ -15,20 +15,29 @@ Glossary, one meaning each:
 Start at `Checkpointer`.
 """
 
-from ckpt.adapt import PerRank, Rng, Shard
-from ckpt.checkpointer import Checkpointer, Every, SaveHandle, follow, restore
-from ckpt.errors import (
-    CkptError,
-    Corrupt,
-    DeadlineExceeded,
-    Fenced,
-    Incompatible,
-    NotFound,
-    SaveFailed,
-    StorageError,
-)
-from ckpt.load import load
-from ckpt.records import Commit
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckpt.adapt import PerRank, Rng, Shard
+    from ckpt.checkpointer import Checkpointer
+    from ckpt.errors import (
+        CkptError,
+        Corrupt,
+        DeadlineExceeded,
+        Fenced,
+        Incompatible,
+        NotFound,
+        SaveFailed,
+        StorageError,
+    )
+    from ckpt.handle import SaveHandle
+    from ckpt.interval import Every
+    from ckpt.loader import load
+    from ckpt.readers import follow, restore
+    from ckpt.records import Commit
 
 __all__ = [
     "Checkpointer",
@@ -50,3 +59,27 @@ __all__ = [
     "load",
     "restore",
 ]
+
+_HOMES = {
+    "ckpt.adapt": ("PerRank", "Rng", "Shard"),
+    "ckpt.checkpointer": ("Checkpointer",),
+    "ckpt.handle": ("SaveHandle",),
+    "ckpt.interval": ("Every",),
+    "ckpt.loader": ("load",),
+    "ckpt.readers": ("follow", "restore"),
+    "ckpt.records": ("Commit",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, each imported at its first use: the keeper and the commands live without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+    found = getattr(import_module(_HOME.get(name, "ckpt.errors")), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

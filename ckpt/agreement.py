@@ -29,11 +29,12 @@ class Signal:
     layout_changed: bool = False
     due: bool = False
     stop: bool = False
+    busy: bool = False
 
     def encode(self) -> bytes:
         low = (self.step & 0xFFFFFFFF).to_bytes(4, "big")
         flags = bytes([self.failed, self.layout_changed, self.due, self.stop])
-        return flags + low + bytes(255 - b for b in low) + bytes(4)
+        return flags + low + bytes(255 - b for b in low) + bytes([self.busy]) + bytes(3)
 
     @staticmethod
     def any_failed(data: bytes) -> bool:
@@ -48,7 +49,7 @@ class Signal:
                 f"the ranks are not at the same step: this one is at {step}, another at step "
                 f"{int.from_bytes(data[4:8], 'big')} or so. Call save, restore and steps on every rank alike."
             )
-        return cls(step, *(bool(flag) for flag in data[:4]))
+        return cls(step, *(bool(flag) for flag in (*data[:4], data[12])))
 
 
 def disagreements(ranks: Ranks, digests: Sequence[bytes | None]) -> list[int]:

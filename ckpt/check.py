@@ -30,11 +30,11 @@ from ckpt.layout import OWNERSHIP, World, owned_by
 from ckpt.log import View
 from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, digest, part_name
 from ckpt.plan import RUN_BYTES, SAFETENSORS_DTYPE, Segment, entry_name
+from ckpt.reading import verify_chunks
 from ckpt.records import Commit, Unknown, slot_name
 from ckpt.restorer import StepReader
 from ckpt.run import LOG, RunDirectory
 from ckpt.slices import Slice, cover_fault, whole
-from ckpt.transfer import verify_chunks
 
 FINDINGS_LIMIT = 100
 HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself reads at most

@@ -1,76 +1,35 @@
-"""The public door: `Checkpointer` for a training run that saves, and the readers that never write.
+"""The public door of a training run that saves.
 
 Owns the defaults, the loop, signals and progress; saving and restoring themselves are in `saver` and `restorer`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
-
-import msgspec
+from typing import Any, Literal
 
 from ckpt.agreement import Signal, on_first, require_equal, together
-from ckpt.errors import CkptError, Corrupt, DeadlineExceeded, Incompatible, NotFound
+from ckpt.errors import CkptError, Incompatible
+from ckpt.figures import Reporter
+from ckpt.handle import SaveHandle
 from ckpt.holder import Holder, find_commit
-from ckpt.log import View
+from ckpt.interval import Every
 from ckpt.process import OnSigterm, StepBar
 from ckpt.ranks import Ranks, connect
+from ckpt.readers import choose_together, open_on_all, paths, restorable, restore_or_fall_back
 from ckpt.records import Commit
-from ckpt.restorer import Relaxed, StepReader, restore_step
+from ckpt.restorer import Relaxed
 from ckpt.run import RunDirectory
-from ckpt.saver import Saver, step_number
+from ckpt.saver import Options, Saver, step_number
 
 log = logging.getLogger("ckpt")
-
-
-@dataclass(frozen=True)
-class Every:
-    """When a save is due: every `steps` completed steps, or when `seconds` have passed since the last save.
-
-    Rank 0's clock decides for all.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.seconds is None):
-            raise ValueError("Every(steps=...) or Every(seconds=...): one of the two")
-        if (self.steps if self.steps is not None else self.seconds or 0) <= 0:
-            raise ValueError("Every: the interval must be positive")
-
-    def due(self, step: int, since_save_s: float) -> bool:
-        if self.steps is not None:
-            return step > 0 and step % self.steps == 0
-        assert self.seconds is not None
-        return since_save_s >= self.seconds
-
-
-@dataclass(frozen=True)
-class SaveHandle:
-    """A save that was asked for."""
-
-    commit: Commit
-
-    def wait(self, timeout_s: float | None = None) -> Commit:
-        """Its commit, once it is durable."""
-        return self.commit
-
-    def wait_copied(self) -> None:
-        """Return once the state may be changed again."""
-
-    def done(self) -> bool:
-        return True
-
-    def exception(self) -> BaseException | None:
-        return None
 
 
 class Checkpointer:
@@ -78,8 +37,21 @@ class Checkpointer:
 
     `url` is a directory that all nodes see. With several ranks, `torch.distributed` must be initialised first;
     every method is then collective unless it says otherwise. `commit_timeout_s` bounds every wait for other ranks,
-    in a save as between two iterations of `steps`: raise it, like the process group's own, where one rank evaluates
-    for longer than that while the others wait.
+    in a save as between two iterations of `steps`, and how long a save may take to become durable: raise it, like the
+    process group's own, where one rank evaluates for longer than that while the others wait.
+
+    `overlap`: what belongs to a `torch.optim.Optimizer` in the state is copied while training goes on, and the next
+    `step()` of that optimizer waits for it. Whoever changes such tensors otherwise calls `handle.wait_copied()` first,
+    or passes False: then all is copied before `save` returns.
+
+    `busy`: what `save` does while the store is still taking earlier ones. "wait" for room in memory, so that every
+    save is committed; or "skip": the newest state is held in RAM, and the store takes it as soon as it can, leaving
+    out what was in between. `skipped` counts those.
+
+    `ram_budget_bytes`: memory on each node for copies of the state, which survive the death of the workers (default:
+    half of what is free). Up to three are held; where not even one fits, the copy streams through a small ring.
+
+    `reporters`: called with a `ckpt.figures.SaveFigures` or `SaveFailure` after each save, on rank 0.
 
     Errors (all `CkptError`): `Fenced` when a newer start of the run has taken over, `SaveFailed` and
     `StorageError` when a save does not commit, `Corrupt`, `Incompatible`, `NotFound`, `DeadlineExceeded`.
@@ -94,8 +66,15 @@ class Checkpointer:
         takeover: bool = False,
         strict_fencing: bool = True,
         commit_timeout_s: float = 600,
+        overlap: bool = True,
+        busy: Literal["wait", "skip"] = "wait",
+        ram_budget_bytes: int | None = None,
+        reporters: Sequence[Reporter] = (),
     ) -> None:
+        if busy not in ("wait", "skip"):
+            raise ValueError(f'busy is "wait" or "skip", not {busy!r:.100}')
         self._every = every or Every(steps=1000)
+        self._interval = self._every.interval()
         self._ranks: Ranks = connect(commit_timeout_s)
         self._holder: Holder | None = None
         job = _run_id(run_id)
@@ -107,18 +86,21 @@ class Checkpointer:
             return run
 
         try:
-            self._run = _open_on_all(self._ranks, url, open_first)
+            self._run = open_on_all(self._ranks, url, open_first)
         except BaseException:
             self._ranks.close()
             raise
         self.url = self._run.url
-        self._saver = Saver(self._ranks, self._run, self._holder)
+        options = Options(overlap, busy == "skip", ram_budget_bytes, commit_timeout_s, tuple(reporters))
+        self._saver = Saver(self._ranks, self._run, self._holder, options)
+        self._commit_timeout_s = commit_timeout_s
         self._metrics: dict[str, float] = {}
         self._saved_at = time.monotonic()
         self._last_saved: int | None = None
         self._stop_asked = False
         self._by_hand = OnSigterm(self._ask_to_stop)
         self._closed = False
+        _open.add(self)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -128,26 +110,35 @@ class Checkpointer:
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self._closed = True  # nothing collective: other ranks may be gone, and those that wait shall learn it
-            with contextlib.suppress(Exception):
-                self._ranks.close()
-        self._by_hand.__exit__()
+        else:  # nothing collective: other ranks may be gone, and those that wait shall learn it
+            self._let_go(goodbye=False)
 
     # Saving
 
     def save(
         self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None, blocking: bool = False
     ) -> SaveHandle:
-        """Save `state` as `step`, the number of completed steps; returns when it is durable and committed.
+        """Have `state` saved as `step`, the number of completed steps; returns when training may go on.
 
-        `metrics` are kept with the step. Raises on every rank if it fails on any; older steps are as they were.
+        The handle tells when it is durable and committed; with `blocking` this returns only then. `metrics` are kept
+        with the step. Raises on every rank if any cannot begin, or if an earlier save failed since the last call;
+        older steps are as they were.
         """
         self._check_open()
-        commit = self._saver.save(step, state, {**self._metrics, **(metrics or {})})
+        asked = time.monotonic()
+        handle = self._saver.save(step, state, {**self._metrics, **(metrics or {})}, must=blocking)
         self._metrics.clear()
-        self._saved_at, self._last_saved = time.monotonic(), commit.step
-        return SaveHandle(commit)
+        self._saved_at = asked
+        if not handle.skipped:
+            self._last_saved = handle.step
+        if blocking:
+            handle.wait(self._commit_timeout_s)
+        return handle
+
+    @property
+    def skipped(self) -> int:
+        """How many saves did not come to the store because it was busy (`busy="skip"`)."""
+        return self._saver.skipped
 
     def report(self, **metrics: float) -> None:
         """Metrics of the current step, stored with it if it is saved; those of rank 0 count. Not collective."""
@@ -155,7 +146,7 @@ class Checkpointer:
 
     def due(self, step: int) -> bool:
         """Whether `every` asks for a save after `step` completed steps; the same on every rank."""
-        mine = self._every.due(step, time.monotonic() - self._saved_at)
+        mine = self._is_due(step)
         if self._every.steps is not None:
             return mine
         return Signal.decode(self._ranks.maximum(self._signal(step, due=mine).encode()), step).due
@@ -193,14 +184,18 @@ class Checkpointer:
         converts dtypes.
         """
         self._check_open()
-        relaxed = Relaxed(strict, _paths(only), rename, cast)
+        relaxed = Relaxed(strict, paths(only), rename, cast)
         require_equal(self._ranks, "restore", (step, required, fallback, relaxed))
         number = None if step is None else step_number(step)
-        chosen = _choose(self._ranks, lambda: self._begin(number), self._run, required or step is not None)
+        self._saver.settle()
+        together(self._ranks, lambda: self._saver.wait(self._commit_timeout_s))
+        chosen = choose_together(self._ranks, lambda: self._begin(number), self._run, required or step is not None)
         if chosen is None:
             return None
-        done = _restore_or_fall_back(self._ranks, self._run, chosen, state, relaxed, fallback, self._lineage)
+        ram = self._saver.ram if self._saver.ram.exists() else None
+        done = restore_or_fall_back(self._ranks, self._run, chosen, state, relaxed, fallback, self._lineage, ram)
         on_first(self._ranks, lambda: self._go_on_from(done.attempt))
+        self._saver.forget_start()
         self._saved_at, self._last_saved = time.monotonic(), done.step
         return done.step
 
@@ -227,7 +222,7 @@ class Checkpointer:
         return b""
 
     def _lineage(self) -> list[Commit]:
-        return _lineage(self._holder.view) if self._holder else []
+        return restorable(self._holder.view) if self._holder else []
 
     # The loop
 
@@ -244,19 +239,32 @@ class Checkpointer:
         with OnSigterm(self._ask_to_stop), StepBar(first, total, self._ranks.rank) as advance:
             pending = None
             for step in range(first, total):
+                began, saving = time.monotonic(), self._saver.saving
                 yield step
                 done = step + 1
+                self._measure(time.monotonic() - began, saving)
                 heard = pending() if pending else None
                 advance(done)
+                if heard is not None and heard.failed:
+                    self._saver.raise_together()
                 if heard is not None and heard.stop:
-                    self._save_if_new(done, state)
+                    self._save_last(done, state)
                     log.warning("stopped after step %d on request; the step is saved", done)
                     self.stopped = True
                     return
-                if (heard is not None and heard.due) or self._due_by_steps(done) or done == total:
+                if done == total:
+                    self._save_last(done, state)
+                elif (heard is not None and heard.due) or self._due_by_steps(done):
                     self._save_if_new(done, state)
                 self._metrics.clear()  # of this step, whether it was saved or not
                 pending = self._begin_signal(done) if done < total else None
+
+    def _measure(self, seconds: float, saving: bool) -> None:
+        """What a step took, and each save that is durable by now: that is what `Every.auto` goes by."""
+        if self._interval is not None:
+            self._interval.stepped(seconds, saving=saving)
+            for figures in self._saver.finished():
+                self._interval.saved(*figures)
 
     stopped = False
     """Whether `steps` ended early because a stop was requested."""
@@ -264,17 +272,28 @@ class Checkpointer:
     def _due_by_steps(self, done: int) -> bool:
         return self._every.steps is not None and self._every.due(done, 0)
 
+    def _is_due(self, step: int) -> bool:
+        return (self._interval or self._every).due(step, time.monotonic() - self._saved_at)
+
     def _save_if_new(self, step: int, state: Any) -> None:
         if self._last_saved != step:
             self.save(step, state)
 
+    def _save_last(self, step: int, state: Any) -> None:
+        """Nothing comes after it: it must not be left out, and must be durable before the loop ends."""
+        if self._last_saved != step:
+            self.save(step, state, blocking=True)
+        else:
+            together(self._ranks, lambda: self._saver.wait(self._commit_timeout_s))
+
     def _begin_signal(self, step: int) -> Callable[[], Signal]:
-        due = self._every.seconds is not None and self._every.due(step, time.monotonic() - self._saved_at)
-        read = self._ranks.begin_maximum(self._signal(step, due=due and self._ranks.rank == 0).encode())
+        due = self._every.steps is None and self._is_due(step)
+        failed = self._saver.untold() is not None
+        read = self._ranks.begin_maximum(self._signal(step, due=due, failed=failed).encode())
         return lambda: Signal.decode(read(), step)
 
-    def _signal(self, step: int, *, due: bool = False) -> Signal:
-        return Signal(step, due=due and self._ranks.rank == 0, stop=self._stop_asked)
+    def _signal(self, step: int, *, due: bool = False, failed: bool = False) -> Signal:
+        return Signal(step, failed=failed, due=due and self._ranks.rank == 0, stop=self._stop_asked)
 
     def _ask_to_stop(self) -> None:
         self._stop_asked = True
@@ -288,19 +307,33 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in _lineage(RunDirectory.open(self.url).log.read())]
+        return [commit.step for commit in restorable(RunDirectory.open(self.url).log.read())]
 
     # Ending
 
     def wait_until_finished(self, timeout_s: float | None = None) -> None:
-        """Return once every save is durable; raise if one failed."""
+        """Return once every save is decided; raise if one failed. Each rank waits for itself."""
         self._check_open()
+        self._saver.wait(timeout_s)
 
     def close(self) -> None:
-        """Wait until every save is durable, then let go of the run. Collective; a second call does nothing."""
+        """Wait until every save is durable, then let go of the run; a second call does nothing.
+
+        Raises if a save failed and nobody was told; the run is let go of all the same.
+        """
         if not self._closed:
-            self._closed = True
-            self._by_hand.__exit__()
+            try:
+                self._saver.wait(self._commit_timeout_s)
+            finally:
+                self._let_go(goodbye=True)
+
+    def _let_go(self, *, goodbye: bool) -> None:
+        self._closed = True
+        self._by_hand.__exit__()
+        _open.discard(self)
+        with contextlib.suppress(Exception):
+            self._saver.close(goodbye)
+        with contextlib.suppress(Exception):
             self._ranks.close()
 
     def _check_open(self) -> None:
@@ -308,139 +341,22 @@ class Checkpointer:
             raise CkptError(f"this Checkpointer of {self.url} is closed; make a new one")
 
 
-# Readers
+_open: set[Checkpointer] = set()  # also those that nobody refers to any more: their saves are to become durable
 
 
-def restore(
-    url: str | os.PathLike[str],
-    state: Any,
-    *,
-    step: int | None = None,
-    fallback: bool = False,
-    strict: bool = True,
-    only: Sequence[str] | None = None,
-    rename: Mapping[str, str] | None = None,
-    cast: bool = False,
-    timeout_s: float = 600,
-) -> int:
-    """Fill `state` from a run without becoming its writer: for evaluation, or a warm start from another run.
-
-    Collective where there are several ranks. Arguments and errors as in `Checkpointer.restore`; `NotFound` if the
-    run has no step.
-    """
-    ranks = connect(timeout_s)
-    try:
-        run = _open_on_all(ranks, url, lambda: RunDirectory.open(url))
-        relaxed = Relaxed(strict, _paths(only), rename, cast)
-        require_equal(ranks, "restore", (step, fallback, relaxed))
-        chosen = _choose(ranks, lambda: find_commit(run.log.read(), step), run, True)
-        assert chosen is not None
-        return _restore_or_fall_back(ranks, run, chosen, state, relaxed, fallback, lambda: _lineage(run.log.view)).step
-    finally:
-        ranks.close()
-
-
-def follow(
-    url: str | os.PathLike[str], *, after: int | None = None, timeout_s: float = 3600, poll_s: float = 1.0
-) -> Iterator[Commit]:
-    """Yield the newest commit whenever there is a new one above step `after`, for evaluation beside a training run.
-
-    Steps that appear faster than they are taken are skipped but for the newest. `DeadlineExceeded` after `timeout_s`
-    without a new one. Never writes; the run need not exist yet.
-    """
-    seen: str | None = None
-    deadline = time.monotonic() + timeout_s
-    while True:
-        head = _head(url)
-        if head is not None and head.attempt != seen and (after is None or head.step > after):
-            seen = head.attempt
-            yield head
-            deadline = time.monotonic() + timeout_s
-        elif time.monotonic() > deadline:
-            raise DeadlineExceeded(f"no new step in {os.fspath(url)} for {timeout_s:g} s")
-        else:
-            time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.0)))
-
-
-def _head(url: str | os.PathLike[str]) -> Commit | None:
-    try:
-        lineage = _lineage(RunDirectory.open(url).log.read())
-    except NotFound:
-        return None
-    return lineage[-1] if lineage else None
-
-
-def _lineage(view: View) -> list[Commit]:
-    return [commit for commit in view.lineage() if commit.attempt not in view.retired]
-
-
-def _choose(ranks: Ranks, choose: Callable[[], Commit | None], run: RunDirectory, required: bool) -> Commit | None:
-    """The commit that rank 0 chooses, on every rank."""
-
-    def act() -> bytes:
-        commit = choose()
-        if commit is None and required:
-            raise NotFound(f"there is no checkpoint in {run.url} yet. `ckpt ls {run.url}` shows what it holds.")
-        return msgspec.msgpack.encode(commit)
-
-    return msgspec.msgpack.decode(on_first(ranks, act), type=Commit | None)
-
-
-def _restore_or_fall_back(
-    ranks: Ranks,
-    run: RunDirectory,
-    commit: Commit,
-    state: Any,
-    relaxed: Relaxed,
-    fallback: bool,
-    lineage: Callable[[], list[Commit]],
-) -> Commit:
-    """Restore `commit`; where that is damaged and the caller allows it, the newest older one that is not."""
-    while True:
+@atexit.register
+def _finish() -> None:
+    """A process that ends without `close` waits for its saves, and exits non-zero if one was not committed."""
+    for checkpointer in list(_open):
         try:
-            data = on_first(ranks, lambda commit=commit: StepReader(run, commit).manifest_data)  # type: ignore[misc]
-            restore_step(StepReader(run, commit, data), ranks, state, relaxed)
-            return commit
-        except Corrupt as error:
-            if not fallback:
-                raise
-            older = _choose(ranks, lambda commit=commit: _older(lineage(), commit), run, False)  # type: ignore[misc]
-            if older is None:
-                raise
-            if ranks.rank == 0:
-                log.warning("step %d is damaged, falling back to step %d: %s", commit.step, older.step, error)
-            commit = older
-
-
-def _open_on_all(ranks: Ranks, url: str | os.PathLike[str], open_first: Callable[[], RunDirectory]) -> RunDirectory:
-    """The run that rank 0 opens, on every rank; `Incompatible` where another rank finds nothing or another run."""
-    opened: list[RunDirectory] = []
-
-    def first() -> bytes:
-        opened.append(open_first())
-        return opened[0].nonce.encode()
-
-    nonce = on_first(ranks, first).decode()
-
-    def mine() -> RunDirectory:
-        try:
-            run = opened[0] if opened else RunDirectory.open(url)
-        except NotFound as error:
-            raise Incompatible(
-                f"rank {ranks.rank} does not see the run that rank 0 opened: {error} {_SHARED}"
-            ) from error
-        if run.nonce != nonce:
-            raise Incompatible(f"rank {ranks.rank} finds another run at {run.url} than rank 0. {_SHARED}")
-        return run
-
-    return together(ranks, mine)
-
-
-_SHARED = "All nodes must see one directory (NFS, Lustre, a disk of the only node); nothing was written."
-
-
-def _older(lineage: list[Commit], commit: Commit) -> Commit | None:
-    return max((c for c in lineage if c.step < commit.step), key=lambda c: c.step, default=None)
+            checkpointer.close()
+        except CkptError as error:
+            log.error("%s", error)
+            print(f"ckpt: {error}", file=sys.stderr)
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
 
 
 def _check_fencing(run: RunDirectory, strict: bool) -> None:
@@ -460,7 +376,3 @@ def _run_id(given: str | None) -> str | None:
         raise Incompatible(f"run_id is a printable string of at most 256 characters, not {given!r:.100}")
     found = given or os.environ.get("CKPT_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     return found if found and found != "none" else None
-
-
-def _paths(only: Sequence[str] | None) -> tuple[str, ...] | None:
-    return (only,) if isinstance(only, str) else None if only is None else tuple(only)

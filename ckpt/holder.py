@@ -1,12 +1,11 @@
-"""The right to append: one process (rank 0) holds a generation of the run and commits in its name.
+"""The right to append: one process (rank 0) takes a generation of the run, and commits are made in its name.
 
-Collects what a `start` record says of this process, adopts what the generation before left complete, and turns
-an attempt whose parts all lie on the store into a commit. No tensors and no other ranks here.
+Collects what a `start` record says of this process, adopts what the generation before left complete, and appends
+the commit of an attempt whose parts all lie on the store. No tensors and no other ranks here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -23,12 +22,10 @@ from ckpt.manifest import (
     data_name,
     decode_manifest,
     digest,
-    encode_manifest,
     part_name,
 )
-from ckpt.records import Commit, Start, attempt_name, parse_attempt
+from ckpt.records import Commit, Start, parse_attempt
 from ckpt.run import RunDirectory
-from ckpt.store import OutcomeUnknown
 
 log = logging.getLogger("ckpt")
 
@@ -73,59 +70,6 @@ class Holder:
     def ensure_started(self, reason: str) -> Start:
         return self.start or self.take(reason)
 
-    def new_attempt(self, step: int) -> str:
-        """Name and directory for an attempt to save `step`, after a look whether it may be committed at all."""
-        start = self.ensure_started("first save")
-        self.run.check_unchanged()
-        view = self.run.log.read()
-        name = attempt_name(step, secrets.token_hex(4))
-        self._decide(view, start, _probe(name, step))
-        self.run.store.make_directory(self.run.attempt_path(name))
-        return name
-
-    def commit(self, manifest: Manifest) -> Commit:
-        """Write MANIFEST, then the commit record. When this returns the step exists.
-
-        Where the MANIFEST certainly could not be written, the attempt is removed: a full disk needs the room. Once it
-        stands, a later generation may adopt the attempt, so it is never touched again.
-        """
-        data = encode_manifest(manifest)
-        try:
-            self.run.store.put(self.run.attempt_path(manifest.attempt, "MANIFEST"), data)
-        except OutcomeUnknown:
-            raise
-        except CkptError:
-            self.discard(manifest.attempt)
-            raise
-        return self._append_commit(manifest, data)
-
-    def discard(self, attempt: str) -> None:
-        """Remove an attempt that has no MANIFEST, as far as the store lets us."""
-        with contextlib.suppress(CkptError):
-            self.run.store.delete(self.run.attempt_path(attempt))
-
-    def _append_commit(self, manifest: Manifest, data: bytes) -> Commit:
-        start = self.start
-        assert start is not None
-        fields = {
-            "nonce": secrets.token_hex(8),
-            "step": manifest.step,
-            "attempt": manifest.attempt,
-            "manifest_digest": digest(data).hex(),
-            "manifest_bytes": len(data),
-            "content_digest": manifest.content_digest.hex(),
-            "metrics": manifest.metrics,
-            "world": manifest.world.size,
-            "unix_s": time.time(),
-            "nbytes": sum(ref.data_bytes + ref.part_bytes for ref in manifest.parts) + len(data),
-        }
-        self.run.check_unchanged()
-        return self.run.log.append(lambda view: self._decide(view, start, fields))
-
-    @staticmethod
-    def _decide(view: View, start: Start, fields: dict[str, object]) -> Commit:
-        return decide_commit(view, generation=start.generation, holder_nonce=start.nonce, **fields)  # type: ignore[arg-type]
-
     def adopt(self) -> Commit | None:
         """Commit the newest complete attempt that the generation before left uncommitted on top of the head.
 
@@ -143,8 +87,9 @@ class Holder:
                 continue
             head = self.view.head.attempt if self.view.head else None
             if manifest.generation == previous and manifest.parent == head:
+                assert self.start is not None
                 try:
-                    commit = self._append_commit(manifest, data)
+                    commit = append_commit(self.run, manifest, data, self.start.generation, self.start.nonce)
                 except (Incompatible, ValueError) as error:
                     log.warning("attempt %s cannot be adopted: %s", name, error)
                     continue
@@ -171,6 +116,32 @@ class Holder:
         return manifest, data
 
 
+def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation: int, holder_nonce: str) -> Commit:
+    """Append the commit of `manifest`, which stands in the store as `data`, in the name of a start.
+
+    When this returns the step exists. `Fenced` if that start is no longer the newest.
+    """
+    nonce, unix_s = secrets.token_hex(8), time.time()
+    run.check_unchanged()
+    return run.log.append(
+        lambda view: decide_commit(
+            view,
+            generation=generation,
+            holder_nonce=holder_nonce,
+            nonce=nonce,
+            step=manifest.step,
+            attempt=manifest.attempt,
+            manifest_digest=digest(data).hex(),
+            manifest_bytes=len(data),
+            content_digest=manifest.content_digest.hex(),
+            metrics=manifest.metrics,
+            world=manifest.world.size,
+            unix_s=unix_s,
+            nbytes=sum(ref.data_bytes + ref.part_bytes for ref in manifest.parts) + len(data),
+        )
+    )
+
+
 def find_commit(view: View, step: int | None) -> Commit:
     """The commit of `step` in the lineage (None: the head). `NotFound` names what there is."""
     lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
@@ -182,23 +153,6 @@ def find_commit(view: View, step: int | None) -> Commit:
     known = ", ".join(str(commit.step) for commit in lineage[-8:]) or "none"
     what = "checkpoint" if step is None else f"step {step}"
     raise NotFound(f"there is no {what} in this run; newest steps: {known}. `ckpt ls` lists all.")
-
-
-def _probe(attempt: str, step: int) -> dict[str, object]:
-    """A commit as it would be, to be refused before anything is written if it must be."""
-    none = "00"
-    return {
-        "nonce": "probe",
-        "step": step,
-        "attempt": attempt,
-        "manifest_digest": none,
-        "manifest_bytes": 0,
-        "content_digest": none,
-        "metrics": {},
-        "world": 1,
-        "unix_s": 0.0,
-        "nbytes": 0,
-    }
 
 
 def _boot_id() -> str:

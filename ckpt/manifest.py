@@ -230,6 +230,15 @@ def decode_layout(data: bytes) -> Layout:
     return _world_from_wire(msgspec.msgpack.decode(data, type=_World), check_ranks=False).layouts[0]
 
 
+def encode_world(world: World) -> bytes:
+    """All layouts of a world and who has which, as they travel to a keeper."""
+    return msgspec.msgpack.encode(_world_to_wire(world))
+
+
+def decode_world(data: bytes) -> World:
+    return _world_from_wire(msgspec.msgpack.decode(data, type=_World))
+
+
 # Frames
 
 

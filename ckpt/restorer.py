@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from ckpt.adapt.members import selected
 from ckpt.adapt.values import can_cast, dtype_name
 from ckpt.agreement import together
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
+from ckpt.keeper.ram import RamTier
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
     PART_LIMIT_BYTES,
@@ -35,10 +38,11 @@ from ckpt.manifest import (
 )
 from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
 from ckpt.ranks import Ranks
+from ckpt.reading import Neighbours, machine, read_data
 from ckpt.records import Commit
 from ckpt.run import RunDirectory
-from ckpt.sharding import TensorSpec, pieces_of
-from ckpt.transfer import read_data
+from ckpt.sharding import Sharding, TensorSpec, pieces_of
+from ckpt.slices import Slice
 
 log = logging.getLogger("ckpt")
 
@@ -56,13 +60,16 @@ class Relaxed:
 class StepReader:
     """A committed step, opened for reading: its manifest, and its parts as they are asked for."""
 
-    def __init__(self, run: RunDirectory, commit: Commit, manifest_data: bytes | None = None) -> None:
-        self.run, self.commit = run, commit
+    def __init__(
+        self, run: RunDirectory, commit: Commit, manifest_data: bytes | None = None, ram: RamTier | None = None
+    ) -> None:
+        self.run, self.commit, self._ram = run, commit, ram
         data = manifest_data or self._metadata("MANIFEST", min(commit.manifest_bytes, MANIFEST_LIMIT_BYTES))
         if len(data) != commit.manifest_bytes or digest(data).hex() != commit.manifest_digest:
             raise self._damaged("MANIFEST", f"its bytes are not those that the commit of step {commit.step} names")
         self.manifest_data = data
         self._parts: dict[int, Part] = {}
+        self._ranks_in_ram: set[int] = set()
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -93,7 +100,7 @@ class StepReader:
         """The part of writer `rank`, verified. Kept until the reader goes."""
         if rank not in self._parts:
             name, ref = part_name(rank), self.manifest.parts[rank]
-            data = self._metadata(name, min(ref.part_bytes, PART_LIMIT_BYTES))
+            data = self._in_ram(rank) or self._metadata(name, min(ref.part_bytes, PART_LIMIT_BYTES))
             if len(data) != ref.part_bytes or digest(data) != ref.part_digest:
                 raise self._damaged(name, "its bytes are not those that the MANIFEST names")
             part = decode_part(data, self._where(name))
@@ -106,8 +113,30 @@ class StepReader:
             self._parts[rank] = part
         return self._parts[rank]
 
+    @property
+    def used_ram(self) -> bool:
+        """Whether anything of this step was found in this node's RAM tier."""
+        return bool(self._ranks_in_ram)
+
+    def _in_ram(self, rank: int) -> bytes | None:
+        """The part of writer `rank` if this node's RAM tier holds it, with data of the right size."""
+        if self._ram is None:
+            return None
+        attempt, ref = self.commit.attempt, self.manifest.parts[rank]
+        try:
+            data = Path(self._ram.beside(attempt, rank, "part")).read_bytes()
+            whole = os.stat(self._ram.data(attempt, rank)).st_size >= ref.data_bytes
+        except OSError:
+            return None
+        if not whole or len(data) != ref.part_bytes or digest(data) != ref.part_digest:
+            return None
+        self._ranks_in_ram.add(rank)
+        return data
+
     def check_size(self, rank: int) -> None:
         """`Corrupt` unless the data file of writer `rank` is there in full length."""
+        if rank in self._ranks_in_ram or self._in_ram(rank) is not None:
+            return
         name, expected = data_name(rank), self.manifest.parts[rank].data_bytes
         try:
             found = self.run.store.size(self.run.attempt_path(self.commit.attempt, name))
@@ -117,6 +146,9 @@ class StepReader:
             raise self._damaged(name, f"it has {found} bytes, its MANIFEST says {expected}")
 
     def data_path(self, rank: int) -> str:
+        """Where to read the data of writer `rank`: in this node's RAM if it is there."""
+        if rank in self._ranks_in_ram and self._ram is not None:
+            return self._ram.data(self.commit.attempt, rank)
         path = self.run.store.local_path(self.run.attempt_path(self.commit.attempt, data_name(rank)))
         assert path is not None
         return path
@@ -158,6 +190,28 @@ def _prepare(
     return values, _plan(reader, saved, targets, stored_name, ranks.rank)
 
 
+def _neighbours(
+    reader: StepReader, saved: Saved, targets: Sequence[Local], stored_name: Mapping[str, str], ranks: Ranks
+) -> Neighbours:
+    """The ranks on this machine, and what they read if they have the same tensors as this one. Collective."""
+    machines = ranks.gather(machine())
+    here = [rank for rank, name in enumerate(machines) if name == machines[ranks.rank]]
+    others = [rank for rank in here if rank != ranks.rank]
+    wanted: dict[str, set[Slice]] = {}
+    for local in targets if others else ():
+        key = stored_name[saved.stored(local.key)]
+        shape = reader.manifest.world.specs[key].shape
+        wanted.setdefault(key, set()).update(box for rank in others for box in _boxes_of(local.sharding, shape, rank))
+    return Neighbours(here.index(ranks.rank), len(here), {key: tuple(boxes) for key, boxes in wanted.items()})
+
+
+def _boxes_of(sharding: Sharding, shape: tuple[int, ...], rank: int) -> list[Slice]:
+    try:
+        return [piece.box for piece in pieces_of(sharding, shape, rank)]
+    except ValueError:  # not in the mesh
+        return []
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Python's cycle collector walks all that torch has imported, 0.1 s a time; planning leaves no cycles behind."""
@@ -182,8 +236,9 @@ def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed)
         unexpected = _unexpected(ranks, saved, bound, relaxed)
         targets = together(ranks, lambda: _validate(reader, saved, bound, relaxed, unexpected, ranks.size))
         values, reads = together(ranks, lambda: _prepare(reader, saved, bound, targets, stored_name, ranks))
+        neighbours = _neighbours(reader, saved, targets, stored_name, ranks)
     try:
-        together(ranks, lambda: _read(reader, reads))
+        together(ranks, lambda: _read(reader, reads, neighbours))
         together(ranks, lambda: _finish(values, bound, reader, ranks))
     except CkptError as error:
         raise type(error)(
@@ -346,11 +401,11 @@ def _plan_reads(
     return plan, [tensor for _, tensor in found]
 
 
-def _read(reader: StepReader, reads: _Reads) -> None:
-    read_data(reader.data_path, reads.fill, reads.fill_tensors)
+def _read(reader: StepReader, reads: _Reads, neighbours: Neighbours) -> None:
+    read_data(reader.data_path, reads.fill, reads.fill_tensors, neighbours)
     if reads.fill_tensors:
         torch.autograd.graph.increment_version(reads.fill_tensors)  # autograd notices a restore inside a graph
-    read_data(reader.data_path, reads.compare, reads.compare_tensors)
+    read_data(reader.data_path, reads.compare, reads.compare_tensors, neighbours)
 
 
 def _stored_values(

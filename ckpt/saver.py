@@ -1,55 +1,72 @@
-"""One save, on all ranks together: layout, plan, data files, parts, commit.
+"""One save, on all ranks together: layout, plan, a copy of the state; what follows is the keepers' work.
 
-The layout and its plan are computed when the layout changes and used again until then; data never is.
+The layout and its plan are computed when the layout changes and used again until then; data never is. Everything
+collective happens in the calling thread, before `save` returns.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
+import os
+import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import torch
 
-from ckpt.adapt import Collected, Local, bytes_view, collect_state
-from ckpt.agreement import Signal, digest8, disagreements, on_first, raise_together, together
-from ckpt.errors import DeadlineExceeded, Incompatible, SaveFailed
+from ckpt.adapt import Collected, Fence, Versions, collect_state
+from ckpt.agreement import Signal, on_first, raise_together, together
+from ckpt.errors import CkptError, Incompatible, SaveFailed
+from ckpt.exchange import agree_on_world, as_message, check_replicas, check_values, replica_digests
+from ckpt.figures import Reporter, Reporters, SaveFailure, SaveFigures, log_line
+from ckpt.handle import SaveHandle
 from ckpt.holder import Holder
-from ckpt.layout import OWNERSHIP, World, cover_faults, replicas
-from ckpt.manifest import (
-    Chunk,
-    Manifest,
-    Part,
-    PartRef,
-    data_name,
-    decode_layout,
-    digest,
-    encode_layout,
-    encode_part,
-    part_name,
+from ckpt.keeper.address import own_address
+from ckpt.keeper.courier import Courier, Pending, error_of
+from ckpt.keeper.orders import Job, Layouts, Order, Replicas, Slot, Summary
+from ckpt.keeper.ram import (
+    SHARE_OF_FREE_MEMORY,
+    SNAPSHOTS_LIMIT,
+    RamTier,
+    free_bytes,
+    node_name,
+    ram_root,
+    snapshots_that_fit,
 )
-from ckpt.plan import SavePlan, plan_save
+from ckpt.layout import OWNERSHIP, World
+from ckpt.manifest import digest, encode_layout, encode_world
+from ckpt.plan import RUN_BYTES, SavePlan, plan_save
 from ckpt.ranks import Ranks
-from ckpt.records import Commit
+from ckpt.records import attempt_name
 from ckpt.run import RunDirectory
-from ckpt.transfer import write_data
+from ckpt.stage import RING_PLACES, Arena, CopyPlan, Ring, Stage, plan_copy
 
 log = logging.getLogger("ckpt")
 
 METRICS_LIMIT_BYTES = 32 * 1024
-_SAMPLED_ABOVE_BYTES = 256 * 1024
-_SAMPLE_ELEMENTS = 1024
+COPY_THREADS_LIMIT = 4
 
 
-class _Written(msgspec.Struct, array_like=True):
-    """What rank 0 must know of each rank's part."""
+@dataclass(frozen=True)
+class Options:
+    """How a Checkpointer saves."""
 
-    ref: PartRef
-    content_digest: bytes
+    overlap: bool = True
+    newest_only: bool = False
+    ram_budget_bytes: int | None = None
+    timeout_s: float = 600
+    reporters: Sequence[Reporter] = ()
+
+
+class _Began(msgspec.Struct, frozen=True, array_like=True):
+    """The start in whose name this job saves, as rank 0 tells it."""
+
+    generation: int
+    nonce: str
+    head_step: int
 
 
 @dataclass(frozen=True)
@@ -62,219 +79,389 @@ class _Request:
     layout_bytes: bytes
 
 
+@dataclass(frozen=True)
+class _Nodes:
+    """Which ranks share this node, and where the coordinator is (None: here)."""
+
+    local_world: int
+    coordinator: tuple[str, int] | None
+    token: bytes
+
+
+@dataclass
+class _Layout:
+    """What follows from the layout alone, kept until it changes."""
+
+    digest: bytes
+    world: World
+    plan: SavePlan
+    slots: tuple[Slot, ...]
+    layouts: Layouts
+    shared: dict[bytes, list[str]]  # replicas of more than a name: group -> keys
+    copies: dict[frozenset[str], CopyPlan] = field(default_factory=dict)
+
+    def copy_plan(self, overlapped: frozenset[str]) -> CopyPlan:
+        if overlapped not in self.copies:
+            self.copies = {overlapped: plan_copy(self.plan, overlapped)}
+        return self.copies[overlapped]
+
+
 class Saver:
-    """Saves states of one run. All methods are collective."""
+    """Saves states of one run. Methods are collective unless they say otherwise."""
 
-    def __init__(self, ranks: Ranks, run: RunDirectory, holder: Holder | None) -> None:
-        self._ranks, self._run, self._holder = ranks, run, holder
-        self._layout_bytes = b""
-        self._world: World | None = None
-        self._plan: SavePlan | None = None
-        self._shared: dict[bytes, list[str]] = {}
+    def __init__(self, ranks: Ranks, run: RunDirectory, holder: Holder | None, options: Options) -> None:
+        self._ranks, self._run, self._holder, self._options = ranks, run, holder, options
+        ram = RamTier(ram_root(), run.nonce)
+        self.ram = ram
+        self._courier = Courier(ram, run.url, ranks.rank, self._on_change)
+        self._stage = Stage(ram, ranks.rank)
+        self._fence = Fence()
+        self._layout: _Layout | None = None
+        self._nodes: _Nodes | None = None
+        self._began: _Began | None = None
+        self._settled = False
+        self._index = 0
+        self._handles: list[_Save] = []
+        self.skipped = 0
+        self._skipped_before = 0
+        self._finished: list[tuple[float, float]] = []
+        self._report = Reporters((log_line, *options.reporters))
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> Commit:
-        """Write `state` as `step` and commit it.
+    # Saving
 
-        Raises on every rank if it fails on any; then nothing was committed and every older step is as it was.
+    def save(self, step: int, state: Any, metrics: Mapping[str, float], *, must: bool) -> SaveHandle:
+        """Copy `state`, now or while training goes on, and have it committed as `step`.
+
+        With `must` the step is never left out. Raises on every rank what any rank cannot do, and what an earlier save
+        failed of; nothing of this step exists then.
         """
-        began = time.monotonic()
+        called = time.monotonic()
+        self._begin()
         request: _Request | None = None
         failure: BaseException | None = None
         try:
+            self._raise_untold()
             request = self._request(step, state, metrics)
+            may_skip = self._options.newest_only and not must
+            if not may_skip:
+                self._wait_for_room(request)
         except BaseException as error:
             failure = error
-        at = request.step if request else 0
-        changed = request is not None and request.layout_bytes != self._layout_bytes
-        said = Signal(at, failed=failure is not None, layout_changed=changed).encode()
-        heard = self._ranks.maximum(said)
-        if Signal.any_failed(heard):
-            raise_together(self._ranks, failure, SaveFailed)
-        assert request is not None
-        step, collected, metrics = request.step, request.collected, request.metrics
-        if Signal.decode(heard, step).layout_changed:
-            self._exchange(request)
-        else:
-            self._check_drift(collected, step)
-        world, plan = self._world, self._plan
-        assert world is not None
-        assert plan is not None
-        self._check_values(world, collected)
-        attempt = on_first(self._ranks, lambda: self._first().new_attempt(step).encode()).decode()
-        written = self._write_together(attempt, plan, collected)
-        everyone = self._ranks.gather(msgspec.msgpack.encode(written))
-        record = on_first(
-            self._ranks, lambda: msgspec.msgpack.encode(self._commit(step, attempt, world, everyone, metrics))
-        )
-        commit = msgspec.msgpack.decode(record, type=Commit)
-        if self._ranks.rank == 0:
-            took = time.monotonic() - began
-            log.info("saved step %d: %d bytes in %.2f s, generation %d", step, commit.nbytes, took, commit.generation)
-        return commit
+        request = self._agree(request, failure)
+        if request is None:
+            self.skipped += 1
+            return self._skip(step)
+        layout = self._layout
+        assert layout is not None
+        check_values(self._ranks, layout.world, request.collected)
+        return self._copy(request, layout, called, must)
 
     def _request(self, step: int, state: Any, metrics: Mapping[str, float]) -> _Request:
         number, values = step_number(step), checked_metrics(metrics)
+        assert self._began is not None
+        last = max([self._began.head_step, *(s.step for s in self._handles if not s.failed)])
+        if number <= last:
+            raise Incompatible(
+                f"step {number} has already been passed: this run is at step {last}. Steps only grow within a lineage; "
+                f"to train step {number} again, first go back with restore(state, step=N) for some N below {number}"
+            )
         collected = collect_state(state, self._ranks.rank, self._ranks.size)
-        layout = collected.layout()
-        return _Request(number, values, collected, encode_layout(layout))
+        return _Request(number, values, collected, encode_layout(collected.layout()))
 
-    def _first(self) -> Holder:
-        assert self._holder is not None
-        return self._holder
+    def _agree(self, request: _Request | None, failure: BaseException | None) -> _Request | None:
+        """One word among the ranks: go on (a new layout is exchanged here), or leave it out (None), or raise."""
+        changed = request is not None and (self._layout is None or digest(request.layout_bytes) != self._layout.digest)
+        busy = not changed and self._layout is not None and not self._stage.has_room()
+        at = request.step if request else 0
+        heard = self._ranks.maximum(Signal(at, failed=failure is not None, layout_changed=changed, busy=busy).encode())
+        if Signal.any_failed(heard):
+            self._raise(failure)
+        assert request is not None
+        signal = Signal.decode(heard, at)
+        if signal.layout_changed:
+            self._exchange(request)
+        elif signal.busy:
+            return None
+        return request
+
+    def _copy(self, request: _Request, layout: _Layout, called: float, must: bool) -> SaveHandle:
+        assert self._began is not None
+        collected = request.collected
+        overlapped = collected.overlappable() if self._options.overlap else frozenset[str]()
+        copy_plan = layout.copy_plan(overlapped)
+        tensors = {chunk.owned.key: collected.locals[chunk.owned.key].make() for chunk in layout.plan.chunks}
+        digests_now = replica_digests(layout.shared, collected, request.step, lambda key: key not in overlapped)
+        place = self._stage.take(self._options.timeout_s)
+        self._index += 1
+        order = self._order(request, layout, copy_plan, place, must)
+        if isinstance(place, Arena):
+            place.rename_to(order.job.attempt)
+        pending = self._courier.begin(order, layout.layouts, place.fd if isinstance(place, Ring) else None)
+        save = _Save(request.step, pending, called)
+        self._handles.append(save)
+        versions = Versions.of({key: tensors[key] for key in overlapped if key in tensors})
+
+        def checked() -> Replicas:
+            later = replica_digests(layout.shared, collected, request.step, lambda key: key in overlapped)
+            if moved := versions.changed():
+                raise SaveFailed(
+                    f"{', '.join(moved[:8])} changed while they were copied, and not by step() of an optimizer in the "
+                    "state. Call handle.wait_copied() before such writes, or Checkpointer(overlap=False)."
+                )
+            return as_message(layout.shared, {**digests_now, **later})
+
+        self._fence.guard(collected.optimizers if overlapped else [], pending.wait_copied)
+        self._stage.begin(place, pending, copy_plan, [tensors[c.owned.key] for c in layout.plan.chunks], checked)
+        save.blocked_s = time.monotonic() - called
+        return self._handle_of(save)
+
+    def _order(self, request: _Request, layout: _Layout, copy_plan: CopyPlan, place: Arena | Ring, must: bool) -> Order:
+        began, nodes, collected = self._began, self._nodes, request.collected
+        assert began is not None
+        assert nodes is not None
+        name = digest(f"{began.nonce} {self._index}".encode()).hex()[:12]
+        job = Job(
+            attempt=attempt_name(request.step, name),
+            step=request.step,
+            index=self._index,
+            generation=began.generation,
+            holder=began.nonce,
+            world_size=self._ranks.size,
+            deadline_s=self._options.timeout_s,
+            newest_only=self._options.newest_only and not must,
+        )
+        return Order(
+            job=job,
+            rank=self._ranks.rank,
+            data_bytes=layout.plan.data_bytes,
+            slots=layout.slots,
+            runs=copy_plan.places,
+            values={name: collected.values[name] for name in layout.plan.values},
+            rank_values=dict(sorted(collected.rank_values.items())),
+            ring=RING_PLACES if isinstance(place, Ring) else 0,
+            place_bytes=RUN_BYTES,
+            local_world=nodes.local_world,
+            layouts=layout.layouts.digest,
+            coordinator=nodes.coordinator,
+            token=nodes.token,
+            summary=Summary(OWNERSHIP, request.metrics) if self._ranks.rank == 0 else None,
+        )
+
+    def _handle_of(self, save: _Save) -> SaveHandle:
+        at = self._handles.index(save)
+        following = self._handles
+
+        def newer() -> SaveHandle | None:
+            index = following.index(save) + 1 if save in following else at
+            return self._handle_of(following[index]) if index < len(following) else None
+
+        return SaveHandle(save.step, save.pending, newer)
+
+    def _skip(self, step: int) -> SaveHandle:
+        at, following = self._index, self._handles
+
+        def newer() -> SaveHandle | None:
+            later = [save for save in following if save.pending.order.job.index > at]
+            return self._handle_of(later[0]) if later else None
+
+        return SaveHandle(step, None, newer)
+
+    def _wait_for_room(self, request: _Request) -> None:
+        if self._layout is not None and digest(request.layout_bytes) == self._layout.digest:
+            self._stage.wait_for_room(self._options.timeout_s)
+
+    # What the ranks must know of each other
+
+    def _begin(self) -> None:
+        """Take the run, once: after what earlier workers left was settled."""
+        if self._began is not None:
+            return
+        self.settle()
+
+        def first() -> bytes:
+            assert self._holder is not None
+            start = self._holder.ensure_started("first save")
+            self._run.check_unchanged()
+            head = self._holder.view.head
+            return msgspec.msgpack.encode(_Began(start.generation, start.nonce, head.step if head else -1))
+
+        self._began = msgspec.msgpack.decode(on_first(self._ranks, first), type=_Began)
+
+    def settle(self) -> None:
+        """Before a start: let the keepers commit what earlier workers of this run left in RAM."""
+        if not self._settled:
+            together(self._ranks, lambda: self._courier.settle(self._options.timeout_s))
+            self._settled = True
+
+    def forget_start(self) -> None:
+        """Another start may have been appended; every save of the one before is resolved."""
+        self._began = None
+        self._handles = []  # what has passed since is decided by the log alone
 
     def _exchange(self, request: _Request) -> None:
         """Learn every rank's layout, each distinct one once; prove that together they hold everything once."""
-        self._layout_bytes, layout_bytes = b"", request.layout_bytes
-        digests = self._ranks.gather(digest(layout_bytes))
-        first = {found: rank for rank, found in reversed(list(enumerate(digests)))}
-        order = sorted(first, key=lambda found: first[found])
-        layouts = tuple(decode_layout(self._ranks.share(layout_bytes, first[found])) for found in order)
-        world = World(layouts, tuple(order.index(found) for found in digests))
-        if faults := cover_faults(world):
-            raise Incompatible(
-                "the ranks' tensors do not fit together:\n  " + "\n  ".join(faults[:20]) + "\nRanks that hold other "
-                "tensors (pipeline stages) need other keys; local shards are declared with ckpt.Shard(tensor, "
-                "global_shape, offset); what differs on purpose goes into ckpt.PerRank(obj)."
-            )
-        groups = _replica_groups(world, self._ranks.rank)
-        self._check_replicas(world, groups, request.collected, None)
-        # Later saves look at parameters by samples, and at what is small or no parameter as a whole.
-        self._shared = {group: [k for k in keys if k not in world.buffers] for group, keys in groups.items()}
-        self._plan = together(self._ranks, lambda: plan_save(world, self._ranks.rank))
-        self._world, self._layout_bytes = world, layout_bytes
+        together(self._ranks, lambda: self.wait(self._options.timeout_s))
+        self._layout = None
+        world = agree_on_world(self._ranks, request.layout_bytes)
+        groups = check_replicas(self._ranks, world, request.collected)
+        nodes = self._find_nodes()
+        self._layout = together(self._ranks, lambda: self._plan(world, groups, request.layout_bytes, nodes))
 
-    def _check_drift(self, collected: Collected, step: int) -> None:
-        """Replicas that were equal when the layout was first saved may have drifted apart since."""
-        assert self._world is not None
-        self._check_replicas(self._world, self._shared, collected, step)
+    def _plan(self, world: World, groups: dict[bytes, list[str]], layout_bytes: bytes, nodes: _Nodes) -> _Layout:
+        plan = plan_save(world, self._ranks.rank)
+        slots = tuple(Slot(c.owned.key, c.owned.box.offset, c.owned.box.shape, c.spec.dtype, c.at, c.nbytes)
+                      for c in plan.chunks)  # fmt: skip
+        data = encode_world(world)
+        self._nodes = nodes
+        self._prepare_stage(plan, nodes.local_world)
+        return _Layout(digest(layout_bytes), world, plan, slots, Layouts(digest(data), data), groups)
 
-    def _check_replicas(
-        self, world: World, groups: dict[bytes, list[str]], collected: Collected, sample: int | None
-    ) -> None:
-        """Tensors that several ranks hold by the same name must be byte-equal; of buffers the lowest rank's count."""
-        keys = sorted({key for keys in groups.values() for key in keys})
-        digests = together(self._ranks, lambda: {key: _local_digest(collected.locals[key], sample) for key in keys})
-        said = [group + digest8(b"".join(digests[key] for key in keys)) for group, keys in groups.items()]
-        questions = [
-            (group, key)
-            for group, rank in sorted(_disagreeing(self._ranks.gather(b"".join(said))).items())
-            for key in _replica_groups(world, rank)[group]
-            if sample is None or key not in world.buffers
-        ]
-        answers = [digests[key] if group in groups else None for group, key in questions]
-        different = {questions[i][1] for i in disagreements(self._ranks, answers)}
-        if rest := sorted(different - world.buffers):
-            raise Incompatible(
-                "ranks hold different values under the same key: " + ", ".join(rest[:20]) + ". If they are replicas, "
-                "they have drifted apart. Pipeline stages need keys of their own, local shards ckpt.Shard(tensor, "
-                "global_shape, offset), and what differs on purpose ckpt.PerRank(obj)."
-            )
-        if different and self._ranks.rank == 0:
-            names = ", ".join(sorted(different))
-            log.warning("buffers differ among ranks; the lowest rank's are stored: %s", names)
-
-    def _check_values(self, world: World, collected: Collected) -> None:
-        names = sorted(world.value_owner)
-        digests = [digest8(collected.values[n]) if n in collected.values else None for n in names]
-        if different := [names[i] for i in disagreements(self._ranks, digests)]:
-            raise Incompatible(
-                "these values differ from rank to rank: " + ", ".join(different[:20]) + ". Make them equal, or wrap "
-                'them: ckpt.PerRank(value, on_resize="first").'
-            )
-
-    def _write_together(self, attempt: str, plan: SavePlan, collected: Collected) -> _Written:
-        """Every rank's part, durable; where one fails, the attempt is removed and all raise."""
-        result: _Written | None = None
-        failure: BaseException | None = None
+    def _prepare_stage(self, plan: SavePlan, local_world: int) -> None:
+        root, budget = self.ram.root, self._options.ram_budget_bytes
         try:
-            result = self._write(attempt, plan, collected)
-        except BaseException as error:
-            failure = error
-        try:
-            self._ranks.meet()
-        except DeadlineExceeded as error:
-            raise SaveFailed(f"{attempt} was not committed: {error} Every older step is as it was.") from error
-        try:
-            raise_together(self._ranks, failure, SaveFailed)
-        except BaseException:
-            if self._holder is not None:
-                self._holder.discard(attempt)  # a full disk needs the room
-            raise
-        assert result is not None
-        return result
+            room = free_bytes(root)
+            budget = int(room * SHARE_OF_FREE_MEMORY) if budget is None else min(budget, room)
+        except OSError as error:
+            raise SaveFailed(f"CKPT_RAM_DIR: {root}: {error.strerror}. Point it to a tmpfs directory.") from error
+        held = snapshots_that_fit(plan.data_bytes, budget // local_world, SNAPSHOTS_LIMIT)
+        ahead = held if self._options.newest_only else min(held, 2)
+        threads = max(1, min(COPY_THREADS_LIMIT, (os.cpu_count() or 1) // local_world))
+        if not held:
+            log.warning(
+                "rank %d: %d bytes of memory are not enough for a snapshot of %d bytes on each of %d ranks: saves "
+                "stream through a small ring instead, and nothing survives there. Raise ram_budget_bytes, or give "
+                "CKPT_RAM_DIR a larger tmpfs.",
+                self._ranks.rank, budget, plan.data_bytes, local_world,
+            )  # fmt: skip
+        self._stage.prepare(plan.data_bytes, held, ahead, threads)
 
-    def _write(self, attempt: str, plan: SavePlan, collected: Collected) -> _Written:
-        rank, store = self._ranks.rank, self._run.store
-        directory = self._run.attempt_path(attempt)
-        path = store.local_path(f"{directory}/{data_name(rank)}")
-        assert path is not None
-        tensors = {chunk.owned.key: collected.locals[chunk.owned.key].make() for chunk in plan.chunks}
-        digests = write_data(path, plan, [tensors[chunk.owned.key] for chunk in plan.chunks])
-        chunks = tuple(
-            Chunk(c.owned.key, c.owned.box.offset, c.owned.box.shape, c.spec.dtype, "", c.at, c.nbytes, "raw", found)
-            for c, found in zip(plan.chunks, digests, strict=True)
+    def _find_nodes(self) -> _Nodes:
+        """Who shares this node; where there are several nodes, rank 0's keeper lets the others in."""
+        if self._nodes is not None:
+            return self._nodes
+        names = self._ranks.gather(together(self._ranks, lambda: node_name(self.ram.root)).encode())
+        local_world = names.count(names[self._ranks.rank])
+        if len(set(names)) == 1:
+            return _Nodes(local_world, None, b"")
+
+        def listen() -> bytes:
+            host, token = own_address(), secrets.token_bytes(32)
+            port = self._courier.listen(host, token, self._options.timeout_s)
+            return msgspec.msgpack.encode((host, port, token))
+
+        answer = on_first(self._ranks, listen)
+        host, port, token = msgspec.msgpack.decode(answer, type=tuple[str, int, bytes])
+        return _Nodes(local_world, None if names[self._ranks.rank] == names[0] else (host, port), token)
+
+    # What becomes of it
+
+    def untold(self) -> CkptError | None:
+        """The failure of an earlier save that nobody was told of yet. Not collective."""
+        for save in self._handles:
+            if save.failed and not save.pending.told:
+                assert save.pending.outcome is not None
+                return error_of(save.pending.outcome)
+        return None
+
+    def _raise_untold(self) -> None:
+        if error := self.untold():
+            raise error
+
+    def raise_together(self) -> None:
+        """On every rank: the failure of an earlier save, if any rank knows of one."""
+        self._raise(self.untold())
+
+    def _raise(self, failure: BaseException | None) -> None:
+        """Raise on every rank what any of them brings; what was told once is not told again."""
+        failed = [save.pending.order.job.index for save in self._handles if save.failed]
+        everyone = self._ranks.gather(max(failed, default=0).to_bytes(8, "big"))
+        newest = max(int.from_bytes(data, "big") for data in everyone)
+        for save in self._handles:
+            if save.pending.order.job.index <= newest:
+                save.pending.told = True
+        raise_together(self._ranks, failure, SaveFailed)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Return once every save is decided; raise if one failed and nobody was told. Not collective."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for save in list(self._handles):
+            save.pending.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        failure = self.untold()
+        for save in self._handles:
+            save.pending.told = True
+        self._forget_old()
+        if failure is not None:
+            raise failure
+
+    def _forget_old(self) -> None:
+        decided = [save for save in self._handles if save.pending.outcome is not None and save.pending.told]
+        for save in decided[:-1]:
+            self._handles.remove(save)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is on its way."""
+        return any(save.pending.outcome is None for save in self._handles)
+
+    def _on_change(self, pending: Pending) -> None:
+        """In the courier's thread: memory may be free again; what a save cost is known."""
+        self._stage.changed()
+        outcome = pending.outcome
+        save = next((save for save in self._handles if save.pending is pending), None)
+        if outcome is None or save is None or (outcome.left_out and self._ranks.rank):
+            return
+        if outcome.left_out:
+            self.skipped += 1
+        elif outcome.commit is None and self._ranks.rank == 0:
+            self._report(SaveFailure(save.step, outcome.kind, outcome.message))
+        elif self._ranks.rank == 0:
+            figures = self._figures(save)
+            self._finished.append((figures.blocked_s, figures.durable_s))
+            self._report(figures)
+
+    def finished(self) -> list[tuple[float, float]]:
+        """Of every save that became durable since the last call: seconds blocked, and until durable. On rank 0."""
+        found, self._finished = self._finished, []
+        return found
+
+    def _figures(self, save: _Save) -> SaveFigures:
+        pending, outcome = save.pending, save.pending.outcome
+        assert outcome is not None
+        assert outcome.commit is not None
+        skipped, self._skipped_before = self.skipped - self._skipped_before, self.skipped
+        here = pending.order.data_bytes * pending.order.local_world  # about what this node wrote
+        return SaveFigures(
+            step=save.step,
+            nbytes=outcome.commit.nbytes,
+            blocked_s=save.blocked_s,
+            copied_s=pending.copied_at - save.called,
+            durable_s=pending.resolved_at - save.called,
+            written_bytes_per_s=here / outcome.stored_s if outcome.stored_s else 0.0,
+            limit_bytes_per_s=outcome.limit_bytes_per_s or None,
+            skipped=skipped,
+            in_flight=sum(other.pending.outcome is None for other in self._handles),
         )
-        values = {name: collected.values[name] for name in plan.values}
-        part = Part(rank, attempt, plan.data_bytes, chunks, values, dict(sorted(collected.rank_values.items())))
-        data = encode_part(part)
-        store.put(f"{directory}/{part_name(rank)}", data)
-        store.sync_directory(directory)
-        return _Written(PartRef(len(data), digest(data), plan.data_bytes), part.content_digest())
 
-    def _commit(
-        self, step: int, attempt: str, world: World, everyone: list[bytes], metrics: Mapping[str, float]
-    ) -> Commit:
-        holder = self._first()
-        parts = [msgspec.msgpack.decode(data, type=_Written) for data in everyone]
-        assert holder.start is not None
-        head = holder.view.head
-        content = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
-        content += b"".join(part.content_digest for part in parts)
-        return holder.commit(
-            Manifest(
-                step=step,
-                generation=holder.start.generation,
-                attempt=attempt,
-                parent=head.attempt if head else None,
-                world=world,
-                ownership=OWNERSHIP,
-                parts=tuple(part.ref for part in parts),
-                content_digest=digest(content),
-                metrics={name: float(value) for name, value in metrics.items()},
-            )
-        )
+    def close(self, goodbye: bool) -> None:
+        """Let go of memory and keeper; with `goodbye` the keeper need not wait for this worker. Not collective."""
+        self._fence.close()
+        self._stage.close()
+        self._courier.close(goodbye)
 
 
-def _replica_groups(world: World, rank: int) -> dict[bytes, list[str]]:
-    """What this rank holds like others by name alone: the keys, by a name of 8 bytes for the ranks that hold them."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for ranks, key in replicas(world, rank):
-        groups.setdefault(ranks, []).append(key)
-    return {digest8(repr(ranks).encode()): keys for ranks, keys in groups.items()}
+@dataclass(eq=False)
+class _Save:
+    """One save of this rank, with what it cost the caller."""
 
+    step: int
+    pending: Pending
+    called: float
+    blocked_s: float = 0.0
 
-def _disagreeing(everyone: list[bytes]) -> dict[bytes, int]:
-    """Groups whose ranks brought different digests, each with a rank of it. Records: 8 bytes group, 8 bytes digest."""
-    first: dict[bytes, tuple[int, bytes]] = {}
-    found: dict[bytes, int] = {}
-    for rank, data in enumerate(everyone):
-        for at in range(0, len(data), 16):
-            group, mine = data[at : at + 8], data[at + 8 : at + 16]
-            reporter, expected = first.setdefault(group, (rank, mine))
-            if mine != expected:
-                found[group] = reporter
-    return found
-
-
-def _local_digest(local: Local, sample: int | None) -> bytes:
-    """Digest of a local tensor; with `sample`, of three places in a large parameter, one of which `sample` moves."""
-    tensor = local.make()
-    if sample is not None and local.role == "parameter" and tensor.nbytes > _SAMPLED_ABOVE_BYTES:
-        flat, n = tensor.reshape(-1), _SAMPLE_ELEMENTS
-        moving = sample * 1_000_003 * n % (flat.numel() - n)
-        tensor = torch.cat([flat[:n], flat[moving : moving + n], flat[-n:]])
-    tensor = tensor.cpu().contiguous()
-    return digest8(bytes_view(tensor))
+    @property
+    def failed(self) -> bool:
+        outcome = self.pending.outcome
+        return outcome is not None and outcome.commit is None and not outcome.left_out
 
 
 def step_number(step: object) -> int:

@@ -168,4 +168,12 @@ def _run_task(path: str, rank: int, world: int) -> tuple[Any, BaseException | No
         traceback.print_exc()
         return None, error
     finally:
+        close_checkpointers()
         dist.destroy_process_group()
+
+
+def close_checkpointers() -> None:
+    """Let go of every Checkpointer that is open in this process, as its end would."""
+    if module := sys.modules.get("ckpt.checkpointer"):
+        for checkpointer in list(module._open):
+            checkpointer._let_go(goodbye=True)

@@ -72,7 +72,7 @@ def train(
 def round_trip(path: Path, state: Any, target: Any, **options: Any) -> None:
     """Save `state` as step 1 under `path` and restore it into `target`."""
     with ckpt.Checkpointer(path) as checkpointer:
-        checkpointer.save(1, state)
+        checkpointer.save(1, state, blocking=True)
     assert ckpt.restore(path, target, **options) == 1
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from keepers import forget
 from states import Box, bits, model, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,7 +38,8 @@ def saved(path: Path, *steps: int) -> Path:
     train(state["model"], state["optim"], 1)
     with Checkpointer(path) as checkpointer:
         for step in steps:
-            checkpointer.save(step, {**state, "n": step})
+            checkpointer.save(step, {**state, "n": step}, blocking=True)
+    forget()
     return max((path / "steps").iterdir())
 
 
@@ -59,13 +61,13 @@ def refused(kind: type[CkptError], act: Callable[[dict[str, Any]], object], *say
 def refuses_to_save(path: Path, state: Any, *says: str) -> None:
     """Saving `state` is Incompatible; the run keeps its older step and goes on."""
     with Checkpointer(path) as checkpointer:
-        checkpointer.save(1, {"ok": 1})
+        checkpointer.save(1, {"ok": 1}, blocking=True)
         with pytest.raises(Incompatible) as caught:
-            checkpointer.save(2, state)
+            checkpointer.save(2, state, blocking=True)
         for pattern in says:
             assert re.search(pattern, str(caught.value)), f"{pattern!r} is not in: {caught.value}"
         assert checkpointer.all_steps() == [1]
-        checkpointer.save(2, {"ok": 2})
+        checkpointer.save(2, {"ok": 2}, blocking=True)
 
 
 # Where there is nothing to read
@@ -101,7 +103,7 @@ def test_an_address_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_all_that_differs_comes_in_one_error(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         stored = {"shape": torch.ones(2, 3), "dtype": torch.ones(4), "gone": torch.ones(1), "value gone": 1}
-        checkpointer.save(1, stored)
+        checkpointer.save(1, stored, blocking=True)
     target = {"shape": torch.zeros(3, 2), "dtype": torch.zeros(4).half(), "new": torch.zeros(1), "value new": 2}
     before = bits(target)
     with pytest.raises(Incompatible) as caught:
@@ -213,7 +215,7 @@ def test_an_object_that_cannot_be_stored(tmp_path: Path, make: Callable[[], Any]
 )
 def test_a_target_that_cannot_be_filled(tmp_path: Path, target: torch.Tensor, says: str) -> None:
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"a": torch.ones(2), "t": torch.ones(3, dtype=target.dtype)})
+        checkpointer.save(1, {"a": torch.ones(2), "t": torch.ones(3, dtype=target.dtype)}, blocking=True)
     first = torch.zeros(2)
     with pytest.raises(Incompatible, match=says):
         ckpt.restore(tmp_path, {"a": first, "t": target})
@@ -251,7 +253,7 @@ def test_a_partial_placement(tmp_path: Path, mesh: Any) -> None:
     partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     refuses_to_save(tmp_path, {"grad": partial}, "grad: a Partial placement is a sum .* redistribute")
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(3, {"grad": torch.ones(3)})
+        checkpointer.save(3, {"grad": torch.ones(3)}, blocking=True)
     with pytest.raises(Incompatible, match="grad: a Partial placement"):
         ckpt.restore(tmp_path, {"grad": partial})
     assert partial.to_local().tolist() == [1.0] * 3
@@ -267,11 +269,11 @@ def test_several_ranks_without_a_process_group(tmp_path: Path, monkeypatch: pyte
 
 def test_a_closed_checkpointer(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(1, build(0))
+    checkpointer.save(1, build(0), blocking=True)
     checkpointer.close()
     checkpointer.close()
     says = (re.escape(str(tmp_path)), "is closed; make a new one")
-    refused(CkptError, lambda s: checkpointer.save(2, s), *says)
+    refused(CkptError, lambda s: checkpointer.save(2, s, blocking=True), *says)
     refused(CkptError, lambda s: checkpointer.restore(s), *says)
     refused(CkptError, lambda s: next(checkpointer.steps(2, s)), *says)
     assert checkpointer.all_steps() == [1]
@@ -283,7 +285,7 @@ def test_an_error_of_the_user_s_own_load_passes_with_a_note(tmp_path: Path) -> N
             raise ZeroDivisionError
 
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"a": Box(1)})
+        checkpointer.save(1, {"a": Box(1)}, blocking=True)
     with pytest.raises(ZeroDivisionError) as caught:
         ckpt.restore(tmp_path, {"a": Broken()})
     assert "partly overwritten" in caught.value.__notes__[0]
@@ -364,8 +366,8 @@ def test_nothing_whole_to_fall_back_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [True, -1, 1.0, "7", None, 2**63])
 def test_a_step_that_is_no_count(tmp_path: Path, step: Any) -> None:
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(3, build(0))
-        refused(Incompatible, lambda s: checkpointer.save(step, s), "number of completed steps")
+        checkpointer.save(3, build(0), blocking=True)
+        refused(Incompatible, lambda s: checkpointer.save(step, s, blocking=True), "number of completed steps")
     assert ckpt.restore(tmp_path, build(1)) == 3
 
 
@@ -374,9 +376,9 @@ def test_a_step_that_is_no_count(tmp_path: Path, step: Any) -> None:
 )
 def test_metrics_that_no_record_can_hold(tmp_path: Path, metrics: Any) -> None:
     with Checkpointer(tmp_path) as checkpointer:
-        refused(Incompatible, lambda s: checkpointer.save(1, s, metrics=metrics), "metrics")
+        refused(Incompatible, lambda s: checkpointer.save(1, s, metrics=metrics, blocking=True), "metrics")
         assert list((tmp_path / "steps").iterdir()) == []
-        checkpointer.save(1, build(0))
+        checkpointer.save(1, build(0), blocking=True)
 
 
 @pytest.mark.parametrize("run_id", [5, "x" * 257, "\udc80"])

@@ -66,11 +66,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ckpt.Checkpointer(path) as checkpointer:
         for step in (10, 20, 30):
             _train(state)
-            checkpointer.save(step, state, metrics={"val_loss": 1 / step})
+            checkpointer.save(step, state, metrics={"val_loss": 1 / step}, blocking=True)
         checkpointer.restore(state, step=20)
         for step in (25, 40):
             _train(state)
-            checkpointer.save(step, state, metrics={"val_loss": float("nan")} if step == 40 else {})
+            checkpointer.save(step, state, metrics={"val_loss": float("nan")} if step == 40 else {}, blocking=True)
     abandoned = path / "steps" / "000000050.abandoned"
     abandoned.mkdir()
     (abandoned / "r00000.part").write_bytes(b"half of it")
@@ -204,7 +204,7 @@ def _save_sharded(rank: int, world: int, path: str) -> None:
     large = nn.Parameter(torch.arange(4 << 18).float())
     state = {"split": split, "own": own, "large": large, "each": ckpt.PerRank(rank), "history": [torch.ones(2000)]}
     with ckpt.Checkpointer(path) as checkpointer:
-        checkpointer.save(1, state)
+        checkpointer.save(1, state, blocking=True)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_check_shows_its_progress_at_a_terminal(saved: Path) -> None:
 def test_a_pipe_gets_plain_text_of_any_length(tmp_path: Path) -> None:
     key = "very/long/" + "k" * 300
     with ckpt.Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"very": {"long": {"k" * 300: torch.ones(2)}}})
+        checkpointer.save(1, {"very": {"long": {"k" * 300: torch.ones(2)}}}, blocking=True)
     done = _ckpt("show", tmp_path, COLUMNS="80", FORCE_COLOR="1")
     assert re.search(rf"^{key} +float32 +2 +whole +1 +0$", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout

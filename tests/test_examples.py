@@ -13,12 +13,14 @@ from pathlib import Path
 import ckpt
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def _run(name: str, *arguments: str) -> str:
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=ENVIRONMENT).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=120, env={**os.environ, **ONE_THREAD}
+    ).stdout
 
 
 def test_the_minimal_example_goes_on_after_a_kill(tmp_path: Path) -> None:
@@ -28,7 +30,7 @@ def test_the_minimal_example_goes_on_after_a_kill(tmp_path: Path) -> None:
         [sys.executable, str(EXAMPLES / "minimal.py"), killed, "4000"],
         stdout=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, **ONE_THREAD},
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("step   1000")
@@ -53,7 +55,7 @@ def test_the_program_of_the_readme_runs_goes_on_and_takes_other_ranks(tmp_path: 
     readme = (EXAMPLES.parent / "README.md").read_text()
     block = next(b for b in re.findall(r"   ```python\n(.*?)   ```", readme, flags=re.DOTALL) if "train.py" not in b)
     (tmp_path / "train.py").write_text(textwrap.dedent(block).replace("steps(5000", "steps(300"))
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(EXAMPLES.parent)}
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(EXAMPLES.parent)}
 
     def run(*command: str) -> str:
         done = subprocess.run(

@@ -67,8 +67,8 @@ def _state(rank: int) -> dict[str, Any]:
 
 def write(rank: int, world: int, url: str) -> None:
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(1, {"later": torch.tensor(0)})
-        checkpointer.save(7, _state(rank), metrics={"loss": 0.5, "best": float("inf")})
+        checkpointer.save(1, {"later": torch.tensor(0)}, blocking=True)
+        checkpointer.save(7, _state(rank), metrics={"loss": 0.5, "best": float("inf")}, blocking=True)
 
 
 def wiped_and_restored(rank: int, world: int, url: str) -> tuple[str, str]:

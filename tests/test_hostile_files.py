@@ -36,7 +36,7 @@ def forge(
     """A run of steps 1 and 2; step 2 is changed, with every digest made to fit. Returns its attempt's directory."""
     with Checkpointer(path) as checkpointer:
         for step in (1, 2):
-            checkpointer.save(step, state(float(step)))
+            checkpointer.save(step, state(float(step)), blocking=True)
     attempt, slot = max((path / "steps").iterdir()), max((path / "log").iterdir())
     part_data = encode_part(part(decode_part((attempt / "r00000.part").read_bytes(), "")))
     (attempt / "r00000.part").write_bytes(part_data)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = [
     "ckpt.errors",
+    "ckpt.interval",
+    "ckpt.figures",
     "ckpt.slices",
     "ckpt.sharding",
     "ckpt.layout",
@@ -19,11 +23,25 @@ ORDER = [
     "ckpt.records",
     "ckpt.log",
     "ckpt.plan",
+    "ckpt.direct",
     "ckpt.store",
     "ckpt.stores",
     "ckpt.stores.posix",
     "ckpt.run",
     "ckpt.holder",
+    "ckpt.wire",
+    "ckpt.keeper",
+    "ckpt.keeper.address",
+    "ckpt.keeper.orders",
+    "ckpt.keeper.ram",
+    "ckpt.keeper.persist",
+    "ckpt.keeper.coordinator",
+    "ckpt.keeper.hub",
+    "ckpt.keeper.node",
+    "ckpt.keeper.process",
+    "ckpt.keeper.__main__",
+    "ckpt.keeper.courier",
+    "ckpt.adapt.fence",
     "ckpt.adapt.values",
     "ckpt.adapt.wrappers",
     "ckpt.adapt.tensors",
@@ -33,12 +51,17 @@ ORDER = [
     "ckpt.adapt.fsdp1",
     "ckpt.adapt.members",
     "ckpt.adapt",
-    "ckpt.transfer",
+    "ckpt.buffers",
+    "ckpt.reading",
+    "ckpt.stage",
     "ckpt.ranks",
     "ckpt.agreement",
+    "ckpt.exchange",
+    "ckpt.handle",
     "ckpt.saver",
     "ckpt.restorer",
-    "ckpt.load",
+    "ckpt.loader",
+    "ckpt.readers",
     "ckpt.process",
     "ckpt.checkpointer",
     "ckpt",
@@ -48,6 +71,7 @@ ORDER = [
 ]
 PURE = [
     "ckpt.errors",
+    "ckpt.interval",
     "ckpt.slices",
     "ckpt.sharding",
     "ckpt.layout",
@@ -86,7 +110,10 @@ def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
     allowed = set(ORDER[: ORDER.index(name)])
     ours = {i for i in _imports(_modules()[name]) if i in ORDER}
     parents = {
-        parent for i in ours for parent in [i.rpartition(".")[0]] if parent in {"ckpt.adapt", "ckpt.stores", "ckpt"}
+        parent
+        for i in ours
+        for parent in [i.rpartition(".")[0]]
+        if parent in {"ckpt.adapt", "ckpt.keeper", "ckpt.stores", "ckpt"}
     }
     assert ours - allowed - parents == set()
 
@@ -95,6 +122,12 @@ def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
 def test_the_core_decides_without_torch_clock_or_files(name: str) -> None:
     tops = {i.split(".")[0] for i in _imports(_modules()[name])}
     assert tops & IMPURE == set()
+
+
+def test_the_keeper_lives_without_torch() -> None:
+    for name in ("ckpt.keeper.process", "ckpt.keeper.courier"):
+        code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0, name
 
 
 def test_ckpt_never_imports_elastic() -> None:

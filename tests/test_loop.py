@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from keepers import until
 from states import model, train
 
 import ckpt
@@ -25,7 +26,7 @@ def run(path: Path, total: int, every: Every, stop_at: int | None = None) -> tup
             ran.append(step)
             if step == stop_at:
                 break
-        return ran, checkpointer.all_steps()
+    return ran, checkpointer.all_steps()
 
 
 def test_saves_when_due_and_at_the_end(tmp_path: Path) -> None:
@@ -55,7 +56,8 @@ def test_an_exception_passes_through_and_does_not_save(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         job()
-    assert Checkpointer(tmp_path).all_steps() == [2]
+    looking = Checkpointer(tmp_path)
+    until("the keeper stored step 2", lambda: looking.all_steps() == [2])
 
 
 def test_every_second(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _run(url: str, act: str) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     with ckpt.Checkpointer(path) as checkpointer:
-        checkpointer.save(1, everything())
+        checkpointer.save(1, everything(), blocking=True)
     return path
 
 

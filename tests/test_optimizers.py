@@ -255,7 +255,7 @@ def test_state_of_a_parameter_in_no_group_is_refused(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.state["stray"] = {"x": 1}
     with pytest.raises(Incompatible, match="optim: optimizer state for 'stray', which is in none of its groups"):
-        ckpt.Checkpointer(tmp_path).save(1, {"model": net, "optim": optimizer})
+        ckpt.Checkpointer(tmp_path).save(1, {"model": net, "optim": optimizer}, blocking=True)
 
 
 class _Own(torch.optim.SGD):

@@ -61,7 +61,7 @@ def _has(placement: Any, shape: tuple[int, ...]) -> bool:
 
 def save_meshes(rank: int, world: int, url: str, meshes: list[tuple[int, ...]]) -> None:
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(1, {"t": on_meshes(meshes, zero=False)})
+        checkpointer.save(1, {"t": on_meshes(meshes, zero=False)}, blocking=True)
 
 
 def restore_meshes(rank: int, world: int, url: str, meshes: list[tuple[int, ...]], names: list[str]) -> int:
@@ -118,7 +118,7 @@ def strided(mesh_shape: tuple[int, int], sizes: tuple[int, int], *, zero: bool) 
 def save_strided(rank: int, world: int, url: str, mesh: tuple[int, int], sizes: tuple[int, int]) -> list[str]:
     pair = strided(mesh, sizes, zero=False)
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(1, {"m": pair})
+        checkpointer.save(1, {"m": pair}, blocking=True)
     return [str(parameter.placements) for parameter in pair.parameters()]
 
 
@@ -162,7 +162,7 @@ def experts(first: int, count: int) -> tuple[dict[str, Any], nn.Parameter]:
 def save_experts(rank: int, world: int, url: str, held: list[tuple[int, int]]) -> None:
     state, _ = experts(*held[rank])
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(1, state)
+        checkpointer.save(1, state, blocking=True)
 
 
 def restore_experts(rank: int, world: int, url: str, held: list[tuple[int, int]]) -> None:
@@ -235,7 +235,7 @@ def tiny(seed: int, *, offload: bool = False) -> tuple[nn.Module, torch.optim.Op
 def save_tiny(rank: int, world: int, url: str, offload: bool) -> list[Any]:
     model, optim = tiny(1, offload=offload)
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(1, {"m": model, "o": optim})
+        checkpointer.save(1, {"m": model, "o": optim}, blocking=True)
     return _tensors(model, optim)
 
 
@@ -280,7 +280,7 @@ def unsharded(seed: int, how: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 def save_unsharded(rank: int, world: int, url: str, how: str) -> list[Any]:
     model, optim = unsharded(1, how)
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(1, {"m": model, "o": optim})
+        checkpointer.save(1, {"m": model, "o": optim}, blocking=True)
     return _tensors_held(optim)
 
 
@@ -311,9 +311,9 @@ def save_on_one(rank: int, world: int, url: str) -> str:
     tensor = DTensor.from_local(torch.ones(2), mesh, [Shard(0)])
     with ckpt.Checkpointer(url) as checkpointer:
         try:
-            checkpointer.save(1, {"t": tensor})
+            checkpointer.save(1, {"t": tensor}, blocking=True)
         except ckpt.Incompatible as error:
-            checkpointer.save(1, {"t": tensor} if rank == 0 else {})
+            checkpointer.save(1, {"t": tensor} if rank == 0 else {}, blocking=True)
             return str(error)
     return "saved"
 

@@ -1,4 +1,4 @@
-"""Plans, carried out in NumPy as `ckpt.transfer` carries them out: what is written can be read, anywhere."""
+"""Plans, carried out in NumPy as `ckpt.stage` and `ckpt.reading` do: what is written can be read, anywhere."""
 
 from __future__ import annotations
 

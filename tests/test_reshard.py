@@ -48,7 +48,7 @@ def save_run(rank: int, world: int, url: str, kind: str, tied: bool) -> Told:
     training = build(kind, rank, world, seed=1, tied=tied)
     training.train(2)
     with ckpt.Checkpointer(url) as checkpointer:
-        checkpointer.save(2, training.state)
+        checkpointer.save(2, training.state, blocking=True)
     return tell(training, 2)
 
 

@@ -215,7 +215,7 @@ def _draw() -> list[Any]:
 def test_random_sequences_go_on(tmp_path: Path) -> None:
     _draw()
     with ckpt.Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"rng": ckpt.Rng()})
+        checkpointer.save(1, {"rng": ckpt.Rng()}, blocking=True)
     expected = [_draw() for _ in range(3)]
     random.seed(5)
     np.random.seed(5)
@@ -233,7 +233,7 @@ class Disturber(Box):
 @pytest.mark.parametrize("rng", [ckpt.Rng(), ckpt.PerRank(ckpt.Rng())], ids=["rng", "per-rank-rng"])
 def test_random_state_is_restored_last(tmp_path: Path, rng: object) -> None:
     with ckpt.Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"a": rng, "z": Box(1)})
+        checkpointer.save(1, {"a": rng, "z": Box(1)}, blocking=True)
     expected = _draw()
     ckpt.restore(tmp_path, {"a": rng, "z": Disturber()})
     assert _draw() == expected
@@ -344,7 +344,7 @@ def test_containers_are_filled_where_they_are(tmp_path: Path) -> None:
         return {"seen": n, "hist": Counter({n: n}), "list": [n, {"deep": n}], "array": np.full(3, n), "set": {n}}
 
     with ckpt.Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"stats": made(7), "top": [1, 2, 3]})
+        checkpointer.save(1, {"stats": made(7), "top": [1, 2, 3]}, blocking=True)
     stats, top = made(0), [0]
     held = [stats["hist"], stats["list"], stats["list"][1], stats["array"], stats["set"]]
     state = {"stats": stats, "top": top}

@@ -54,6 +54,7 @@ class OptimizerMember:
         return [(p, g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
 
     def collect(self, out: Collected) -> None:
+        out.fence(self.optimizer)
         for g, group in enumerate(self.optimizer.param_groups):
             out.add_value((*self.path, "groups", str(g)), hyperparameters(group))
         for parameter, g, i in self._parameters():

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from ckpt import codec
+from ckpt.adapt.fence import is_fenced
 from ckpt.adapt.modules import is_extra_state, is_parameter, module_state, set_extra_state
-from ckpt.adapt.tensors import Local, empty_like, local_of
+from ckpt.adapt.tensors import Local, empty_like, local_of, storage_of
 from ckpt.adapt.values import dtype_from_name, extend_decode, extend_encode
 from ckpt.adapt.wrappers import OnResize, Shard
 from ckpt.errors import Incompatible
@@ -56,7 +57,10 @@ class Collected:
     aliases: dict[str, str] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
     rank_values: dict[str, bytes] = field(default_factory=dict)
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)  # those whose steps can be fenced
     _seen: dict[object, str] = field(default_factory=dict)
+    _fenced: set[int] = field(default_factory=set)
+    _unfenced: set[int] = field(default_factory=set)
 
     def add(self, path: Path, tensor: torch.Tensor | Shard, role: Role) -> None:
         key = key_of(path)
@@ -73,6 +77,25 @@ class Collected:
             raise Incompatible(f"{key}: two different tensors of the state have this name. Rename one of them.")
         self._seen[local.identity] = key
         self.locals[key] = local
+
+    def fence(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note what only the steps of `optimizer` write, if these can be held back."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = [v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, torch.Tensor)]
+        fenced = is_fenced(optimizer)
+        (self._fenced if fenced else self._unfenced).update(map(id, (*parameters, *state)))
+        if fenced:
+            self.optimizers.append(optimizer)
+
+    def overlappable(self) -> frozenset[str]:
+        """Keys of tensors that may be copied while training goes on: their writers are `optimizers` alone."""
+        memory = {key: local.make() for key, local in self.locals.items()}
+        fenced = {
+            key for key, local in self.locals.items()
+            if id(local.owner) in self._fenced - self._unfenced and not memory[key].is_inference()
+        }  # fmt: skip
+        others = {storage_of(memory[key]) for key in self.locals.keys() - fenced}
+        return frozenset(key for key in fenced if storage_of(memory[key]) not in others)
 
     def add_value(self, path: Path, value: object) -> None:
         """Store `value`; tensors in it that are large or distributed become tensors under `path`."""

@@ -134,6 +134,11 @@ def empty_like(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | 
         return torch.zeros_like(tensor, dtype=dtype, device=device, requires_grad=False)
 
 
+def storage_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    """What two tensors that share memory have in common."""
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
 def bytes_view(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a contiguous CPU tensor, without a copy. The tensor must outlive the view."""
     nbytes = tensor.numel() * tensor.element_size()

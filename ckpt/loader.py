@@ -15,10 +15,10 @@ from ckpt.adapt.values import dtype_from_name
 from ckpt.errors import NotFound
 from ckpt.holder import find_commit
 from ckpt.plan import Target, needed_parts, plan_load
+from ckpt.reading import read_data
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 from ckpt.sharding import Whole, pieces_of
-from ckpt.transfer import read_data
 
 
 def load(url: str | os.PathLike[str], *, step: int | None = None, keys: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,0 +1,257 @@
+"""The coordinator of a generation: what is stored next, when all is there, and the commit. No collective anywhere.
+
+`Ledger` decides and touches nothing: it is told what happened and answers what to do. It lives in the keeper of
+rank 0's node; commits happen in the order in which the saves were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ckpt import errors
+from ckpt.errors import CkptError, SaveFailed
+from ckpt.holder import append_commit
+from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
+from ckpt.layout import World
+from ckpt.manifest import Manifest, decode_world, digest, encode_layout, encode_manifest
+from ckpt.records import Commit
+from ckpt.run import RunDirectory
+from ckpt.store import OutcomeUnknown
+
+GRACE_S = 10.0  # for the keepers of other nodes to come back, once a new start waits
+REMEMBERED = 64  # outcomes, for keepers that ask again
+
+
+@dataclass
+class Attempt:
+    """What the coordinator knows of one attempt."""
+
+    job: Job
+    deadline: float
+    one_node: bool  # all ranks are on it: no keeper of another node can be on its way
+    nodes: dict[int, str] = field(default_factory=dict)  # by rank
+    layouts: bytes = b""
+    summary: Summary | None = None
+    sealed: dict[int, Sealed] = field(default_factory=dict)
+    stored: set[int] = field(default_factory=set)
+    replicas: dict[bytes, tuple[int, tuple[str, ...], bytes]] = field(default_factory=dict)
+    complete: bool = False
+    persisting: bool = False
+    committing: bool = False
+
+    def missing(self) -> list[int]:
+        """Ranks whose part is not stored."""
+        return [rank for rank in range(self.job.world_size) if rank not in self.stored]
+
+
+@dataclass(frozen=True)
+class Commits:
+    """All parts of this attempt are in the store: commit it."""
+
+    attempt: Attempt
+
+
+Action = Persist | Complete | Outcome | Commits
+
+
+class Ledger:
+    """The attempts that are not resolved yet. Every method returns what is to be done now, in this order."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, Attempt] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.settling_since: float | None = None
+
+    def ordered(self, node: str, said: Ordered, now: float) -> list[Action]:
+        if known := self.outcomes.get(said.job.attempt):
+            return [known]
+        one_node = said.local_world == said.job.world_size
+        attempt = self.open.setdefault(said.job.attempt, Attempt(said.job, now + said.job.deadline_s, one_node))
+        if said.job != attempt.job:
+            return self._fail(attempt, "SaveFailed", f"rank {said.rank} describes {said.job.attempt} differently")
+        attempt.nodes[said.rank] = node
+        if said.summary is not None:
+            attempt.summary, attempt.layouts = said.summary, said.layouts
+        again: list[Action] = [Persist(said.job.attempt)] if attempt.persisting else []
+        return again + self._advance()
+
+    def sealed(self, said: Sealed) -> list[Action]:
+        attempt = self.open.get(said.attempt)
+        if attempt is None or said.rank in attempt.sealed:
+            return []
+        attempt.sealed[said.rank] = said
+        if problem := _drifted(attempt, said):
+            return self._fail(attempt, "Incompatible", problem)
+        return self._advance()
+
+    def stored(self, said: Stored) -> list[Action]:
+        attempt = self.open.get(said.attempt)
+        if attempt is None:
+            return []
+        attempt.stored.add(said.rank)
+        return self._advance()
+
+    def broken(self, said: Broken) -> list[Action]:
+        attempt = self.open.get(said.attempt)
+        return self._fail(attempt, said.kind, f"rank {said.rank}: {said.message}") if attempt else []
+
+    def resolved(self, outcome: Outcome) -> list[Action]:
+        """The commit of an attempt succeeded or failed. A stale generation's other attempts fail with it."""
+        self._end(outcome)
+        if outcome.kind == "Fenced":
+            return [self._end(Outcome(name, kind="Fenced", message=outcome.message)) for name in list(self.open)]
+        return self._advance()
+
+    def tick(self, now: float, connected: Iterable[str]) -> list[Action]:
+        """Deadlines; and, once a new start waits, attempts that lack ranks whose workers or keepers are gone."""
+        late: list[Action] = []
+        here = set(connected)
+        waited = self.settling_since is not None and now > self.settling_since + GRACE_S
+        for attempt in list(self.open.values()):
+            if attempt.committing:
+                continue
+            lost = [rank for rank in attempt.missing() if attempt.nodes.get(rank) not in here]
+            if now > attempt.deadline:
+                why = f"rank {_some(attempt.missing())} did not deliver within {attempt.job.deadline_s:g} s."
+                late += self._fail(attempt, "SaveFailed", why)
+            elif lost and (waited or (attempt.one_node and self.settling_since is not None)):
+                late += self._fail(attempt, "SaveFailed", f"rank {_some(lost)} died before its part was stored.")
+        if late:
+            late += self._advance()
+        if not self.open:
+            self.settling_since = None
+        return late
+
+    def _advance(self) -> list[Action]:
+        actions: list[Action] = []
+        in_order = sorted(self.open.values(), key=lambda attempt: (attempt.job.generation, attempt.job.index))
+        for attempt in in_order:
+            if not attempt.complete and len(attempt.sealed) == attempt.job.world_size and attempt.summary is not None:
+                attempt.complete = True
+                actions.append(Complete(attempt.job.attempt))
+        chosen, left_out = choose_next(in_order)
+        for attempt in left_out:
+            actions.append(self._end(Outcome(attempt.job.attempt, left_out=True)))
+        if chosen is not None:
+            chosen.persisting = True
+            actions.append(Persist(chosen.job.attempt))
+        rest = [attempt for attempt in in_order if attempt.job.attempt in self.open]
+        if rest and rest[0].complete and not rest[0].missing() and not rest[0].committing:
+            rest[0].committing = True
+            actions.append(Commits(rest[0]))
+        return actions
+
+    def _fail(self, attempt: Attempt, kind: str, message: str) -> list[Action]:
+        if attempt.committing:
+            return []
+        text = f"{attempt.job.attempt} was not committed: {message} Every older step is as it was."
+        return [self._end(Outcome(attempt.job.attempt, kind=kind, message=text)), *self._advance()]
+
+    def _end(self, outcome: Outcome) -> Outcome:
+        self.open.pop(outcome.attempt, None)
+        self.outcomes[outcome.attempt] = outcome
+        while len(self.outcomes) > REMEMBERED:
+            del self.outcomes[next(iter(self.outcomes))]
+        return outcome
+
+
+def choose_next(in_order: list[Attempt]) -> tuple[Attempt | None, list[Attempt]]:
+    """The attempt to bring to the store next, and those that are left out for it.
+
+    One at a time, the oldest first. Where the store may leave steps out, the newest that is complete in RAM goes
+    first, and what is older than that is left out: at once, so that its memory is free for the next.
+    """
+    waiting = [attempt for attempt in in_order if not attempt.persisting]
+    newest = next((attempt for attempt in reversed(in_order) if attempt.complete), None)
+    left_out = []
+    if newest is not None:
+        older = waiting[: waiting.index(newest)] if newest in waiting else []
+        left_out = [attempt for attempt in older if attempt.job.newest_only]
+    waiting = [attempt for attempt in waiting if attempt not in left_out]
+    busy = any(attempt.persisting and attempt.missing() for attempt in in_order)
+    return (waiting[0] if waiting and not busy else None), left_out
+
+
+def _drifted(attempt: Attempt, said: Sealed) -> str:
+    """Replicas that were equal when their layout was first saved may have drifted apart since."""
+    for group, keys, digests in said.replicas:
+        rank, first_keys, first = attempt.replicas.setdefault(group, (said.rank, keys, digests))
+        if first != digests:
+            pairs = zip(keys, _eights(first), _eights(digests), strict=True) if keys == first_keys else ()
+            names = ", ".join([key for key, *both in pairs if both[0] != both[1]][:20])
+            one, other = sorted((rank, said.rank))
+            return (
+                f"ranks {one} and {other} hold different values under the same key: {names}. They are replicas "
+                "that have drifted apart. Make them equal, or wrap what differs on purpose in ckpt.PerRank(obj)."
+            )
+    return ""
+
+
+def _eights(data: bytes) -> list[bytes]:
+    return [data[at : at + 8] for at in range(0, len(data), 8)]
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+# The commit
+
+
+def commit(run: RunDirectory, attempt: Attempt) -> Commit:
+    """Write the MANIFEST of `attempt` and append its commit record. Blocking.
+
+    Where the MANIFEST certainly could not be written, the attempt is removed: a full disk needs the room. Once it
+    stands, a later generation may adopt the attempt, so it is never touched again.
+    """
+    job, summary = attempt.job, attempt.summary
+    assert summary is not None
+    view = run.log.read()
+    if (known := view.commits.get(job.attempt)) is not None:
+        return known
+    world = world_of(attempt.layouts)
+    parts = [attempt.sealed[rank] for rank in range(job.world_size)]
+    content = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
+    manifest = Manifest(
+        step=job.step,
+        generation=job.generation,
+        attempt=job.attempt,
+        parent=view.head.attempt if view.head else None,
+        world=world,
+        ownership=summary.ownership,
+        parts=tuple(part.ref for part in parts),
+        content_digest=digest(content + b"".join(part.content_digest for part in parts)),
+        metrics=summary.metrics,
+    )
+    data = encode_manifest(manifest)
+    try:
+        run.store.put(run.attempt_path(job.attempt, "MANIFEST"), data)
+    except OutcomeUnknown:
+        raise
+    except CkptError:
+        discard(run, job.attempt)
+        raise
+    return append_commit(run, manifest, data, job.generation, job.holder)
+
+
+def discard(run: RunDirectory, attempt: str) -> None:
+    """Remove an attempt that has no MANIFEST, as far as the store lets us."""
+    try:
+        if not run.store.exists(run.attempt_path(attempt, "MANIFEST")):
+            run.store.delete(run.attempt_path(attempt))
+    except CkptError:
+        return
+
+
+@lru_cache(maxsize=4)
+def world_of(layouts: bytes) -> World:
+    return decode_world(layouts)
+
+
+def failure(attempt: str, error: BaseException) -> Outcome:
+    """The outcome that tells of `error`, by the nearest type that callers know."""
+    known = [kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind]
+    kind = known[0] if known else SaveFailed.__name__
+    return Outcome(attempt, kind=kind, message=str(error) or repr(error))

@@ -1,0 +1,392 @@
+"""One node's snapshots, from order to outcome: what the keeper does, without how it is started or reached.
+
+Runs on one asyncio loop; digests, files and the log are worked on in threads. Speaks to workers through their
+channels and to the coordinator through a link, which on the coordinator's own node is a plain call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from ckpt.errors import CkptError, Corrupt, SaveFailed
+from ckpt.keeper.coordinator import failure, world_of
+from ckpt.keeper.orders import (
+    Abort,
+    Broken,
+    Complete,
+    Copied,
+    Freed,
+    FromCoordinator,
+    Layouts,
+    Order,
+    Ordered,
+    Outcome,
+    Persist,
+    Progress,
+    Sealed,
+    Stored,
+    ToCoordinator,
+    ToWorker,
+)
+from ckpt.keeper.persist import Copying, Digests, Memory, part_of, take_in
+from ckpt.keeper.ram import RamTier
+from ckpt.layout import owned_by
+from ckpt.manifest import data_name, digest, part_name
+from ckpt.run import RunDirectory
+
+log = logging.getLogger("ckpt.keeper")
+
+T = TypeVar("T")
+
+THREADS_LIMIT = 64
+IO_THREADS = 4  # for all ranks of the node together; two writers reach the limit of one disk
+OUTCOMES_LIMIT = 64  # outcomes kept for workers that ask again
+
+
+class Link(Protocol):
+    """The way to the coordinator; messages arrive in order, or again after a new connection."""
+
+    def tell(self, message: ToCoordinator) -> None: ...
+
+
+class Worker(Protocol):
+    """The way to a worker."""
+
+    rank: int
+
+    def tell(self, message: ToWorker) -> None: ...
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """What one rank gave for one attempt."""
+
+    order: Order
+    memory: Memory
+    copying: Copying
+    worker: Worker | None
+    link: Link
+    deadline: float
+    copied: asyncio.Event = field(default_factory=asyncio.Event)
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    replicas: tuple[tuple[bytes, tuple[str, ...], bytes], ...] = ()
+    sealed: Sealed | None = None
+    stored: bool = False
+    ended: bool = False
+    task: asyncio.Task[None] | None = None
+    writing_s: float = 0.0
+
+    @property
+    def attempt(self) -> str:
+        return self.order.job.attempt
+
+    @property
+    def rank(self) -> int:
+        return self.order.rank
+
+
+class Node:
+    """All snapshots of one run on one node."""
+
+    def __init__(self, run: RunDirectory, ram: RamTier) -> None:
+        self._run, self._ram = run, ram
+        self.open: dict[tuple[str, int], Snapshot] = {}
+        self.limit_bytes_per_s = 0.0
+        self.changed = asyncio.Condition()
+        self._outcomes: dict[str, Outcome] = {}
+        self._made_in: dict[str, int] = {}  # generation of each attempt in RAM
+        self._checked: set[bytes] = set()
+        self._resolving: set[asyncio.Task[None]] = set()
+        self._pool = ThreadPoolExecutor(THREADS_LIMIT, thread_name_prefix="keeper")
+
+    # From workers
+
+    def layouts(self, said: Layouts) -> None:
+        if digest(said.data) != said.digest:
+            raise SaveFailed("layouts arrived damaged")
+        path = self._ram.file(f"layouts/{said.digest.hex()}")
+        if not os.path.exists(path):
+            self._ram.write(path, said.data)
+
+    def order(self, order: Order, fd: int | None, worker: Worker | None, link: Link) -> None:
+        """Begin to care for a snapshot; one that is known gets its worker back."""
+        attempt, rank = order.job.attempt, order.rank
+        if (known := self._outcomes.get(attempt)) or (attempt, rank) in self.open:
+            if fd is not None:
+                os.close(fd)
+            if known is None:
+                self.open[attempt, rank].worker = worker
+            elif worker is not None:
+                worker.tell(known)
+            return
+        try:
+            snapshot = self._admit(order, fd, worker, link)
+        except (CkptError, OSError, ValueError) as error:
+            link.tell(Ordered(order.job, rank, order.local_world, b"", None))
+            link.tell(_broken(attempt, rank, error))
+            return
+        self.open[attempt, rank] = snapshot
+        self._made_in[attempt] = order.job.generation
+        link.tell(self._ordered(order))
+        snapshot.task = asyncio.get_running_loop().create_task(self._care_for(snapshot))
+
+    def _admit(self, order: Order, fd: int | None, worker: Worker | None, link: Link) -> Snapshot:
+        self._check_slots(order)
+        path = self._ram.data(order.job.attempt, order.rank)
+        opened = fd if fd is not None else os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            memory = Memory(order, opened)
+        finally:
+            os.close(opened)
+        if not order.ring:
+            self._ram.write(self._ram.beside(order.job.attempt, order.rank, "order"), msgspec.msgpack.encode(order))
+        deadline = time.monotonic() + order.job.deadline_s
+        return Snapshot(order, memory, Copying(len(order.runs)), worker, link, deadline)
+
+    def _check_slots(self, order: Order) -> None:
+        """What a rank stores must be what the layouts assign to it: with that, no element is left out or stale."""
+        told = digest(msgspec.msgpack.encode((order.layouts, order.rank, order.slots)))
+        if told in self._checked:
+            return
+        world = world_of(self._layouts(order.layouts))
+        expected = [(owned.key, owned.box.offset, owned.box.shape) for owned in owned_by(world, order.rank)]
+        if expected != [(slot.key, slot.offset, slot.shape) for slot in order.slots]:
+            raise SaveFailed(f"rank {order.rank} plans to store other slices than its layout assigns to it")
+        self._checked = {told, *list(self._checked)[:256]}
+
+    def _layouts(self, name: bytes) -> bytes:
+        with open(self._ram.file(f"layouts/{name.hex()}"), "rb") as file:
+            return file.read()
+
+    def _ordered(self, order: Order) -> Ordered:
+        layouts = self._layouts(order.layouts) if order.summary is not None else b""
+        return Ordered(order.job, order.rank, order.local_world, layouts, order.summary)
+
+    def progress(self, said: Progress) -> None:
+        if snapshot := self.open.get((said.attempt, said.rank)):
+            snapshot.copying.advance(said.runs)
+
+    def copied(self, said: Copied) -> None:
+        if snapshot := self.open.get((said.attempt, said.rank)):
+            snapshot.replicas = said.replicas
+            snapshot.copying.advance(len(snapshot.order.runs))
+            snapshot.copied.set()
+
+    def aborted(self, said: Abort) -> None:
+        if snapshot := self.open.get((said.attempt, said.rank)):
+            snapshot.copying.give_up(said.message)
+            snapshot.link.tell(Broken(said.attempt, said.rank, said.kind, said.message))
+
+    def worker_gone(self, worker: Worker) -> None:
+        """What it had copied goes on; what it was copying cannot be finished."""
+        for snapshot in list(self.open.values()):
+            if snapshot.worker is worker:
+                snapshot.worker = None
+                if not snapshot.copied.is_set():
+                    why = "died, or closed the run, while its state was being copied."
+                    snapshot.copying.give_up(f"rank {snapshot.rank} {why}")
+                    snapshot.link.tell(Broken(snapshot.attempt, snapshot.rank, "SaveFailed", why))
+
+    # From the coordinator
+
+    def heard(self, message: FromCoordinator) -> None:
+        mine = [snapshot for snapshot in self.open.values() if snapshot.attempt == message.attempt]
+        if isinstance(message, Persist):
+            for snapshot in mine:
+                snapshot.wanted.set()
+        elif isinstance(message, Complete):
+            self._on_complete(message, mine)
+        elif mine or message.attempt not in self._outcomes:
+            task = asyncio.get_running_loop().create_task(self._resolve(message, mine))
+            self._resolving.add(task)
+            task.add_done_callback(self._resolving.discard)
+
+    def _on_complete(self, message: Complete, mine: list[Snapshot]) -> None:
+        for snapshot in mine:
+            if snapshot.worker is not None:
+                snapshot.worker.tell(message)
+        if mine and not mine[0].order.ring:
+            self._drop_before(mine[0].order.job.generation)
+
+    def _drop_before(self, generation: int) -> None:
+        """Forget what earlier generations left in RAM: their workers are gone, and there is something newer."""
+        for attempt, made_in in list(self._made_in.items()):
+            if made_in < generation and not self._is_open(attempt):
+                self._ram.drop_attempt(attempt)
+                del self._made_in[attempt]
+
+    def _is_open(self, attempt: str) -> bool:
+        return any(name == attempt for name, _ in self.open)
+
+    async def _resolve(self, outcome: Outcome, mine: list[Snapshot]) -> None:
+        """End the work on an attempt, keep it in RAM if it was committed, and tell its workers."""
+        for snapshot in mine:
+            snapshot.ended = True
+            snapshot.copying.give_up(outcome.message or "a newer step took its place")
+            snapshot.wanted.set()
+            snapshot.copied.set()
+            if snapshot.task is not None:
+                await snapshot.task
+        seconds = max((snapshot.writing_s for snapshot in mine), default=0.0)
+        if outcome.commit is not None and seconds:
+            rate = sum(snapshot.order.data_bytes for snapshot in mine) / seconds
+            self.limit_bytes_per_s = max(self.limit_bytes_per_s, rate)
+        said = msgspec.structs.replace(outcome, stored_s=seconds, limit_bytes_per_s=self.limit_bytes_per_s)
+        self._outcomes[outcome.attempt] = said
+        while len(self._outcomes) > OUTCOMES_LIMIT:
+            del self._outcomes[next(iter(self._outcomes))]
+        for snapshot in mine:
+            del self.open[snapshot.attempt, snapshot.rank]
+            snapshot.memory.close()
+            if outcome.commit is None:
+                self._ram.drop(snapshot.attempt, snapshot.rank, keep_data=snapshot.worker is not None)
+            if snapshot.worker is not None:
+                snapshot.worker.tell(said)
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def settle(self) -> None:
+        """Return once nothing that earlier workers left is unresolved; what cannot be used is gone then."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: not self.open)
+        for attempt in self._ram.attempts():
+            if attempt not in self._outcomes or self._outcomes[attempt].commit is None:
+                self._ram.drop_attempt(attempt)
+
+    # One snapshot
+
+    async def _care_for(self, snapshot: Snapshot) -> None:
+        try:
+            await _first_of(snapshot.wanted, snapshot.copied)
+            if not snapshot.wanted.is_set() and snapshot.sealed is None:
+                self._seal(snapshot, await self._take_in(snapshot, None))
+            await snapshot.wanted.wait()
+            if not snapshot.ended:
+                await self._store(snapshot)
+        except Exception as error:
+            if not snapshot.ended:
+                snapshot.link.tell(_broken(snapshot.attempt, snapshot.rank, error))
+
+    async def _store(self, snapshot: Snapshot) -> None:
+        directory = self._run.attempt_path(snapshot.attempt)
+        path = self._run.store.local_path(f"{directory}/{data_name(snapshot.rank)}")
+        assert path is not None
+        await self._thread(self._run.check_unchanged)
+        await self._thread(self._run.store.make_directory, directory)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # begun by a keeper that was lost
+        began = time.monotonic()
+        digests = await self._take_in(snapshot, path)
+        snapshot.writing_s = time.monotonic() - began
+        await snapshot.copied.wait()
+        if snapshot.ended:
+            return
+        before = snapshot.sealed
+        part = self._seal(snapshot, digests)
+        if before is not None and before != snapshot.sealed:
+            raise Corrupt(f"the copy of {snapshot.attempt} in RAM changed after it was sealed: is its memory sound?")
+        await self._thread(self._run.store.put, f"{directory}/{part_name(snapshot.rank)}", part)
+        await self._thread(self._run.store.sync_directory, directory)
+        snapshot.stored = True
+        snapshot.link.tell(Stored(snapshot.attempt, snapshot.rank))
+
+    async def _take_in(self, snapshot: Snapshot, path: str | None) -> Digests:
+        loop = asyncio.get_running_loop()
+
+        def freed(runs: int) -> None:
+            if snapshot.order.ring:
+                loop.call_soon_threadsafe(self._tell_freed, snapshot, runs)
+
+        threads = max(1, IO_THREADS // snapshot.order.local_world)
+        order, memory, copying = snapshot.order, snapshot.memory, snapshot.copying
+        return await self._thread(
+            lambda: take_in(order, memory, copying, path, threads=threads, deadline=snapshot.deadline, freed=freed)
+        )
+
+    def _tell_freed(self, snapshot: Snapshot, runs: int) -> None:
+        if snapshot.worker is not None:
+            snapshot.worker.tell(Freed(snapshot.attempt, snapshot.rank, runs))
+
+    def _seal(self, snapshot: Snapshot, digests: Digests) -> bytes:
+        """Write down what is known of a copied snapshot; from here on it can be stored without its worker."""
+        part, data, ref = part_of(snapshot.order, digests)
+        attempt, rank = snapshot.attempt, snapshot.rank
+        snapshot.sealed = Sealed(attempt, rank, ref, part.content_digest(), snapshot.replicas)
+        if not snapshot.order.ring:
+            self._ram.write(self._ram.beside(attempt, rank, "part"), data)
+            self._ram.write(self._ram.beside(attempt, rank, "sealed"), msgspec.msgpack.encode(snapshot.sealed))
+        snapshot.link.tell(snapshot.sealed)
+        return data
+
+    async def _thread(self, act: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, act, *args)
+
+    # After a keeper was lost
+
+    def adopt(self, link_to: Callable[[Order], Link]) -> None:
+        """Take over what another keeper had sealed on this node; what was not yet sealed, its worker sends again."""
+        for attempt in self._ram.attempts():
+            for rank in self._ram.ranks(attempt, "sealed"):
+                try:
+                    order = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "order")), type=Order)
+                    sealed = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "sealed")), type=Sealed)
+                    part = _read(self._ram.beside(attempt, rank, "part"))
+                    if digest(part) != sealed.ref.part_digest or (order.job.attempt, order.rank) != (attempt, rank):
+                        raise Corrupt(f"the part of {attempt} in RAM is not the one that was sealed")
+                    self._adopt(order, sealed, link_to(order))
+                except (CkptError, OSError, ValueError, msgspec.MsgspecError) as error:
+                    log.warning("a snapshot of %s in RAM cannot be used: %s", attempt, error)
+                    self._ram.drop(attempt, rank)
+
+    def _adopt(self, order: Order, sealed: Sealed, link: Link) -> None:
+        snapshot = self._admit(order, None, None, link)
+        snapshot.replicas, snapshot.sealed = sealed.replicas, sealed
+        snapshot.copying.advance(len(order.runs))
+        snapshot.copied.set()
+        self.open[snapshot.attempt, snapshot.rank] = snapshot
+        self._made_in[snapshot.attempt] = order.job.generation
+        link.tell(self._ordered(order))
+        link.tell(sealed)
+        snapshot.task = asyncio.get_running_loop().create_task(self._care_for(snapshot))
+
+    def repeat_to(self, link: Link) -> None:
+        """Say again to a coordinator that may be a new one what it must know of the unresolved snapshots."""
+        for snapshot in self.open.values():
+            if snapshot.link is link:
+                link.tell(self._ordered(snapshot.order))
+                if snapshot.sealed is not None:
+                    link.tell(snapshot.sealed)
+                if snapshot.stored:
+                    link.tell(Stored(snapshot.attempt, snapshot.rank))
+
+    def give_up_on(self, link: Link, why: str) -> None:
+        """The coordinator behind `link` is gone for good."""
+        for attempt in {snapshot.attempt for snapshot in self.open.values() if snapshot.link is link}:
+            self.heard(Outcome(attempt, kind="SaveFailed", message=f"{attempt} was not committed: {why}"))
+
+
+def _broken(attempt: str, rank: int, error: BaseException) -> Broken:
+    said = failure(attempt, error)
+    return Broken(attempt, rank, said.kind, said.message)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()

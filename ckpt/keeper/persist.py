@@ -1,0 +1,211 @@
+"""One rank's snapshot, from shared memory to its part: digests, and the data file written past the page cache.
+
+The bytes may still be coming: a run is taken as soon as the worker says that it is copied. Threads live here, a few
+for each snapshot; memory is only mapped, never copied.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+from ckpt import direct
+from ckpt.errors import SaveFailed, StorageError
+from ckpt.keeper.orders import Order
+from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, Chunk, Part, PartRef, digest, encode_part
+
+Piece = tuple[int, int, int, int]  # slot, first and last byte of its chunk, first byte in the run
+
+
+class Memory:
+    """The copied bytes of one rank, mapped: a whole data file in RAM, or a ring through which it streams."""
+
+    def __init__(self, order: Order, fd: int) -> None:
+        self._order = order
+        nbytes = order.ring * order.place_bytes if order.ring else order.data_bytes
+        if os.fstat(fd).st_size < nbytes:  # a mapping that ends too early would kill this process
+            raise SaveFailed(f"{order.job.attempt}: the memory of rank {order.rank} is smaller than its order says")
+        self._map = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
+        self._view = memoryview(self._map)
+
+    def run(self, index: int) -> memoryview:
+        at, nbytes = self._order.runs[index]
+        if self._order.ring:
+            at = index % self._order.ring * self._order.place_bytes
+        return self._view[at : at + nbytes]
+
+    def close(self) -> None:
+        self._view.release()
+        self._map.close()
+
+
+class Copying:
+    """How much of a snapshot is there, for the threads that wait for it."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self._copied, self._gone = total, 0, ""
+        self._changed = threading.Condition()
+
+    def advance(self, runs: int) -> None:
+        with self._changed:
+            self._copied = max(self._copied, min(runs, self.total))
+            self._changed.notify_all()
+
+    def give_up(self, why: str) -> None:
+        """Wake all who wait; they raise SaveFailed with `why`."""
+        with self._changed:
+            self._gone = why
+            self._changed.notify_all()
+
+    def wait_for(self, index: int, deadline: float) -> None:
+        """Return once run `index` is copied."""
+        with self._changed:
+            arrived = self._changed.wait_for(
+                lambda: self._copied > index or self._gone, max(deadline - time.monotonic(), 0)
+            )
+            if self._gone or not arrived:
+                raise SaveFailed(self._gone or "the copy did not end within commit_timeout_s")
+
+
+def pieces_of(order: Order) -> tuple[tuple[Piece, ...], ...]:
+    """For each run of the order, which bytes of which chunks lie in it. `SaveFailed` if a run cuts a block."""
+    slots = sorted((slot.at, index) for index, slot in enumerate(order.slots))
+    starts = [at for at, _ in slots]
+    found = []
+    for at, nbytes in order.runs:
+        inside: list[Piece] = []
+        for _, index in slots[max(bisect_right(starts, at) - 1, 0) : bisect_right(starts, at + nbytes - 1)]:
+            slot = order.slots[index]
+            start, stop = max(at - slot.at, 0), min(at + nbytes - slot.at, slot.nbytes)
+            if start < stop:
+                if start % BLOCK_BYTES or (stop % BLOCK_BYTES and stop != slot.nbytes):
+                    raise SaveFailed(f"{order.job.attempt}: a run of rank {order.rank} cuts a block of {slot.key}")
+                inside.append((index, start, stop, slot.at + start - at))
+        found.append(tuple(inside))
+    return tuple(found)
+
+
+class Digests:
+    """The block digests of each slot, as they come in."""
+
+    def __init__(self, order: Order) -> None:
+        self._slots = [bytearray(slot.blocks * DIGEST_BYTES) for slot in order.slots]
+
+    def take(self, piece: Piece, memory: memoryview) -> None:
+        index, start, stop, at = piece
+        for block in range(start, stop, BLOCK_BYTES):
+            first = at + block - start
+            found = digest(memory[first : at + min(block + BLOCK_BYTES, stop) - start])
+            place = block // BLOCK_BYTES * DIGEST_BYTES
+            self._slots[index][place : place + DIGEST_BYTES] = found
+
+    def of(self, index: int) -> bytes:
+        return bytes(self._slots[index])
+
+
+def take_in(
+    order: Order,
+    memory: Memory,
+    copying: Copying,
+    path: str | None,
+    *,
+    threads: int,
+    deadline: float,
+    freed: Callable[[int], None] = lambda runs: None,
+) -> Digests:
+    """Digest every run as it is copied, and write it to a new file at `path` if one is given; fsynced at the end.
+
+    `freed(n)`: the first n runs are no longer needed in memory; called from any thread. Raises StorageError if the
+    file system refuses, SaveFailed if the copy ends early or `deadline` (monotonic) passes.
+    """
+    pieces, digests, taken = pieces_of(order), Digests(order), _Prefix(freed)
+    with ExitStack() as stack:
+        fd = -1
+        try:
+            if path is not None:
+                fd = direct.create(path, order.data_bytes)
+                stack.callback(os.close, fd)
+
+            def act(index: int) -> None:
+                copying.wait_for(index, deadline)
+                try:
+                    with memory.run(index) as view:
+                        for piece in pieces[index]:
+                            digests.take(piece, view)
+                        if fd >= 0:
+                            direct.write_all(fd, view, order.runs[index][0])
+                except BaseException as error:
+                    copying.give_up(f"another part of it failed: {error}")  # nobody waits for what is of no use
+                    raise
+                taken.done(index)
+
+            _in_threads(range(len(order.runs)), act, threads)
+            if fd >= 0:
+                os.fsync(fd)
+        except OSError as error:
+            raise StorageError(
+                f"write {path}: {error.strerror} ({errno.errorcode.get(error.errno or 0, '?')}). "
+                "This attempt is abandoned; every older step is as it was."
+            ) from error
+    return digests
+
+
+class _Prefix:
+    """Turns runs that end in any order into how many from the first on have ended."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell, self._next, self._early = tell, 0, set[int]()
+        self._lock = threading.Lock()
+
+    def done(self, index: int) -> None:
+        with self._lock:
+            self._early.add(index)
+            before = self._next
+            while self._next in self._early:
+                self._early.remove(self._next)
+                self._next += 1
+            if self._next > before:
+                self._tell(self._next)
+
+
+def _in_threads(items: range, act: Callable[[int], None], threads: int) -> None:
+    """Run `act` for all items, in order of their begin; the first error ends all and is raised."""
+    queue: Iterator[int] = iter(items)
+    lock, errors = threading.Lock(), list[BaseException]()
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                item = next(queue, None)
+            if item is None:
+                return
+            try:
+                act(item)
+            except BaseException as error:
+                errors.append(error)
+
+    others = [threading.Thread(target=work, name="keeper-io", daemon=True) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def part_of(order: Order, digests: Digests) -> tuple[Part, bytes, PartRef]:
+    """The part that says what was stored, its bytes, and what the manifest says of it."""
+    chunks = tuple(
+        Chunk(slot.key, slot.offset, slot.shape, slot.dtype, "", slot.at, slot.nbytes, "raw", digests.of(index))
+        for index, slot in enumerate(order.slots)
+    )
+    part = Part(order.rank, order.job.attempt, order.data_bytes, chunks, order.values, order.rank_values)
+    data = encode_part(part)
+    return part, data, PartRef(len(data), digest(data), order.data_bytes)

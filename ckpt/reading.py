@@ -1,0 +1,349 @@
+"""From data files to tensors: threads, buffers, descriptors and the way each byte takes live here.
+
+    in the page cache, or wanted by other ranks here too    straight into the target, or through a buffer
+    not in the page cache, wanted by this rank alone        direct I/O into a buffer, and on from there
+
+The page cache is what the ranks of a machine share: what several of them want is read through it, so that the disk
+is asked once, and each rank starts elsewhere. Every block is verified before anybody can use it. A thread holds one
+buffer of RUN_BYTES and two pages, no more; at most OPEN_FILES files are open beside those in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+
+import torch
+
+from ckpt import direct
+from ckpt.adapt.tensors import bytes_view
+from ckpt.adapt.values import dtype_from_name
+from ckpt.buffers import each, narrow, typed
+from ckpt.errors import Corrupt, Incompatible, StorageError
+from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, digest
+from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Copy, Fetch, LoadPlan, Segment, copy_boxes
+from ckpt.sharding import ITEMSIZE
+from ckpt.slices import Slice, flat_span
+
+READ_THREADS = 3  # the disk works on while two verify and copy; more only wait for each other where it is not asked
+CACHED_BYTES = 8 * BLOCK_BYTES  # read, then verified while it is in the cache; smaller steps wait for the interpreter
+READ_AHEAD = 8  # fetches of at most RUN_BYTES each
+TURN = 16  # fetches that a rank reads first, of those it shares with others
+OPEN_FILES = 32
+_BUFFER_BYTES = RUN_BYTES + 2 * ALIGN_BYTES  # direct I/O brings whole pages
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The readers of one step that share a page cache: this is number `index` of `count`.
+
+    `wanted`: what the others read, boxes by stored key. What is missing there is read twice, never wrong.
+    """
+
+    index: int = 0
+    count: int = 1
+    wanted: Mapping[str, Sequence[Slice]] = field(default_factory=dict)
+
+
+ALONE = Neighbours()
+
+
+def machine() -> bytes:
+    """Equal for processes under one kernel, in containers too: they share a page cache."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return digest(boot.read_bytes() if boot.exists() else os.uname().nodename.encode())
+
+
+def read_data(
+    path_of: Callable[[int], str],
+    plan: LoadPlan,
+    tensors: Sequence[torch.Tensor],
+    neighbours: Neighbours = ALONE,
+) -> None:
+    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i, `path_of(part)` its data file.
+
+    `Corrupt`, naming file and tensor, when a block does not match its digest or the file ends early: some targets
+    are overwritten then.
+    """
+    with ExitStack() as stack:
+        files = _Files(path_of)
+        stack.callback(files.close)
+        turns = _announced(files, _in_turn(plan.fetches, neighbours), neighbours)
+        each(turns, lambda turn, buffer: _read_fetch(files, turn, buffer, tensors), READ_THREADS, _BUFFER_BYTES)
+
+
+def verify_chunks(path: str, segments: Iterable[Segment]) -> Iterator[tuple[Segment, str]]:
+    """Read `segments` (RUN_BYTES each at most) of one file and yield those that are damaged, with the reason.
+
+    What the disk cannot read (EIO) is damaged too; any other failure of the store is raised.
+    """
+    buffer = torch.empty(RUN_BYTES, dtype=torch.uint8)  # never pinned: a check leaves the GPU alone
+    files = _Files(lambda _: path)
+    try:
+        for segment in segments:
+            try:
+                view = bytes_view(buffer)[: segment.stop - segment.start]
+                with files.use(0) as file:
+                    file.read(segment.chunk.at + segment.start, view)
+                _verify(path, segment, view, segment.start)
+            except (Corrupt, StorageError) as error:
+                cause = error.__cause__
+                if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
+                    raise
+                yield segment, str(error)
+    finally:
+        files.close()
+
+
+# Files
+
+
+class _File:
+    """One data file, open for ordinary reads, and for direct ones once there is one."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.users = path, 0
+        self._lock = threading.Lock()
+        self.fd = self._open(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        self._cold_fd: int | None = None
+
+    def read(self, at: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `at` on."""
+        done = 0
+        while done < len(into):
+            got = self._preadv(self.fd, into[done:], at + done)
+            if got == 0:
+                raise self._too_short(at + done, at + len(into))
+            done += got
+
+    def read_cold(self, at: int, nbytes: int, buffer: memoryview) -> int:
+        """Bring bytes [at, at + nbytes) into the page-aligned `buffer`, past the page cache; returns where they start.
+
+        `buffer` has room for the whole pages around them.
+        """
+        first = at % ALIGN_BYTES
+        low, needed = at - first, first + nbytes
+        pages, done = buffer[: -(-needed // ALIGN_BYTES) * ALIGN_BYTES], 0
+        while done < needed:
+            try:
+                got = self._preadv(self._cold(), pages[done:], low + done)
+            except StorageError as error:
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINVAL:
+                    raise
+                self.read(at, pages[first:needed])  # larger blocks than ours, or no direct I/O after all
+                return first
+            reached = done + got
+            if reached < needed and reached // ALIGN_BYTES * ALIGN_BYTES <= done:
+                raise self._too_short(low + reached, at + nbytes)
+            done = reached if reached >= needed else reached - reached % ALIGN_BYTES
+        return first
+
+    def cached(self, fetch: Fetch) -> bool | None:
+        return direct.is_cached(self.fd, fetch.at, fetch.nbytes)
+
+    def announce(self, fetch: Fetch) -> None:
+        os.posix_fadvise(self.fd, fetch.at, fetch.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self._cold_fd is not None:
+            os.close(self._cold_fd)
+
+    def _cold(self) -> int:
+        with self._lock:
+            if self._cold_fd is None:
+                self._cold_fd = self._open(lambda: direct.open_cold(self.path))
+            return self._cold_fd
+
+    def _open(self, act: Callable[[], int]) -> int:
+        try:
+            return act()
+        except FileNotFoundError:
+            raise Corrupt(f"{self.path}: this data file of a committed step is missing") from None
+        except OSError as error:
+            raise StorageError(f"open {self.path}: {error.strerror}") from error
+
+    def _preadv(self, fd: int, into: memoryview, at: int) -> int:
+        try:
+            return os.preadv(fd, [into], at)
+        except OSError as error:
+            what = f"read {self.path} at byte {at}: {error.strerror}"
+            raise (Corrupt if error.errno == errno.EIO else StorageError)(what) from error
+
+    def _too_short(self, end: int, needed: int) -> Corrupt:
+        end = min(end, os.fstat(self.fd).st_size)
+        return Corrupt(f"{self.path}: ends at byte {end}, its manifest says it has {needed} or more")
+
+
+class _Files:
+    """The data files of the parts; those used last stay open."""
+
+    def __init__(self, path_of: Callable[[int], str]) -> None:
+        self._path_of, self._open = path_of, dict[int, _File]()  # in the order of their last use
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, part: int) -> Iterator[_File]:
+        with self._lock:
+            file = self._open.pop(part, None) or _File(self._path_of(part))
+            self._open[part] = file
+            file.users += 1
+            idle = [other for other, held in self._open.items() if not held.users]
+            for other in idle[: max(0, len(self._open) - OPEN_FILES)]:
+                self._open.pop(other).close()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                file.users -= 1
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+# Which way, and when
+
+
+class _Way(Enum):
+    CACHED = auto()  # ordinary reads
+    COLD = auto()  # direct reads
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    fetch: Fetch
+    way: _Way
+
+
+def _in_turn(fetches: Sequence[Fetch], neighbours: Neighbours) -> Iterator[Fetch]:
+    """The fetches; of every `count` turns each neighbour begins with another, so that all bring a share of them.
+
+    Nobody is further ahead than that, so little of the page cache has to last.
+    """
+    window = TURN * neighbours.count
+    for first in range(0, len(fetches), window):
+        part = fetches[first : first + window]
+        begin = len(part) * neighbours.index // neighbours.count
+        yield from part[begin:]
+        yield from part[:begin]
+
+
+def _announced(files: _Files, fetches: Iterable[Fetch], neighbours: Neighbours) -> Iterator[_Turn]:
+    """The fetches, each with its way; the kernel hears of what it shall bring a few before their turn."""
+    ahead: list[_Turn] = []
+    for fetch in fetches:
+        ahead.append(_Turn(fetch, _way(files, fetch, neighbours)))
+        if len(ahead) > READ_AHEAD:
+            yield ahead.pop(0)
+    yield from ahead
+
+
+def _way(files: _Files, fetch: Fetch, neighbours: Neighbours) -> _Way:
+    with files.use(fetch.part) as file:
+        cached = file.cached(fetch)
+        if cached is False and not _is_shared(fetch, neighbours.wanted):
+            return _Way.COLD
+        if not cached:
+            file.announce(fetch)
+    return _Way.CACHED
+
+
+def _is_shared(fetch: Fetch, wanted: Mapping[str, Sequence[Slice]]) -> bool:
+    """Whether others read some of these bytes too."""
+    return any(_meets(segment, box) for segment in fetch.segments for box in wanted.get(segment.chunk.key, ()))
+
+
+def _meets(segment: Segment, box: Slice) -> bool:
+    chunk = segment.chunk
+    if not (meet := chunk.box.intersect(box)):
+        return False
+    low, high = (edge * ITEMSIZE[chunk.dtype] for edge in flat_span(chunk.shape, meet.relative_to(chunk.offset)))
+    return low < segment.stop and segment.start < high
+
+
+# One fetch
+
+
+def _read_fetch(files: _Files, turn: _Turn, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    fetch, first = turn.fetch, turn.fetch.segments[0]
+    with files.use(fetch.part) as file:
+        if first.in_place is None:
+            _through_buffer(file, turn, buffer, tensors)
+            return
+        target = bytes_view(tensors[first.copies[0].target])[first.in_place : first.in_place + fetch.nbytes]
+        if turn.way is _Way.COLD:
+            _cold_in_place(file, fetch, buffer, target)
+        else:
+            _in_place(file, fetch, target)
+
+
+def _in_place(file: _File, fetch: Fetch, target: memoryview) -> None:
+    segment = fetch.segments[0]
+    for start in range(0, fetch.nbytes, CACHED_BYTES):
+        step = target[start : start + CACHED_BYTES]
+        file.read(fetch.at + start, step)
+        _verify(file.path, segment, step, segment.start + start)
+
+
+def _cold_in_place(file: _File, fetch: Fetch, buffer: torch.Tensor, target: memoryview) -> None:
+    segment, memory = fetch.segments[0], bytes_view(buffer)
+    first = file.read_cold(fetch.at, fetch.nbytes, memory)
+    into = ctypes.addressof(ctypes.c_ubyte.from_buffer(target))
+    for start in range(0, fetch.nbytes, CACHED_BYTES):
+        stop = min(start + CACHED_BYTES, fetch.nbytes)
+        _verify(file.path, segment, memory[first + start : first + stop], segment.start + start)
+        ctypes.memmove(into + start, buffer.data_ptr() + first + start, stop - start)  # releases the GIL
+
+
+def _through_buffer(file: _File, turn: _Turn, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    fetch, memory, first = turn.fetch, bytes_view(buffer), 0
+    if turn.way is _Way.COLD:
+        first = file.read_cold(fetch.at, fetch.nbytes, memory)
+    else:
+        file.read(fetch.at, memory[: fetch.nbytes])
+    for segment in fetch.segments:
+        at = first + segment.chunk.at + segment.start - fetch.at
+        _verify(file.path, segment, memory[at : at + segment.stop - segment.start], segment.start)
+        for copy in segment.copies:
+            _copy_out(file.path, segment, copy, buffer, at, tensors[copy.target])
+
+
+def _verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:
+    """`memory` holds the chunk's raw bytes from `first`, on a block border, on."""
+    digests, chunk = segment.chunk.digests, segment.chunk
+    for start in range(0, len(memory), BLOCK_BYTES):
+        block = (first + start) // BLOCK_BYTES
+        if digest(memory[start : start + BLOCK_BYTES]) != digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
+            raise Corrupt(
+                f"{path}: tensor {chunk.key} at {list(chunk.offset)} is damaged: block {block}, file bytes "
+                f"{chunk.at + block * BLOCK_BYTES} and on, does not match its digest"
+            )
+
+
+def _copy_out(path: str, segment: Segment, copy: Copy, buffer: torch.Tensor, at: int, target: torch.Tensor) -> None:
+    dtype = dtype_from_name(segment.chunk.dtype)
+    for first, box, part, goes in copy_boxes(segment, copy):
+        source = narrow(typed(buffer, at + first, box.shape, dtype), part)
+        into = narrow(target, goes)
+        if not copy.compare:
+            with torch.no_grad():
+                into.copy_(source)
+        elif not _same_bytes(into, source.to(into.dtype)):
+            raise Incompatible(
+                f"{path}: {segment.chunk.key} is tied to, or shares memory with, another tensor in your state, "
+                "but the checkpoint holds different values for the two. Give each its own memory before you restore."
+            )
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    raw = [t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*raw)

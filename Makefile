@@ -28,6 +28,7 @@ prove: install
 
 bench: install
 	$(BIN)/python benchmarks/save_load.py
+	$(BIN)/python benchmarks/async_save.py
 	$(BIN)/python benchmarks/plan_scale.py
 
 demo: install

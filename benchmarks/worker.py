@@ -15,6 +15,7 @@ from typing import Any
 import gpt2
 import torch
 import torch.distributed as dist
+from async_contenders import ASYNC_CONTENDERS
 from contenders import CONTENDERS, READ_BLOCK_BYTES, Contender
 
 Reply = dict[str, Any]
@@ -84,6 +85,66 @@ class Worker:
         reply = _measure(lambda: chosen.copy(self._state))  # type: ignore[attr-defined]
         chosen.finish_save()
         return reply
+
+    def fresh_copy(self) -> Reply:
+        """Copy the local tensors into memory that nobody has touched."""
+        sources = [tensor.local for tensor in self._state.tensors()]
+        return _measure(lambda: [torch.empty_like(source).copy_(source) for source in sources] and None)
+
+    def open_async(self, contender: str, path: str) -> Reply:
+        """Make ready to save asynchronously below `path`."""
+        self._async = ASYNC_CONTENDERS[contender](Path(path))
+        return {}
+
+    def async_save(self) -> Reply:
+        """One save with nothing else running: seconds until it returns, and until it is durable."""
+        if self._state.rank == 0:
+            os.sync()
+        dist.barrier()
+        begin = time.perf_counter()
+        wait = self._async.begin(self._state)
+        blocked = time.perf_counter() - begin
+        wait()
+        dist.barrier()
+        self._step(0.0)
+        return {"blocked": blocked, "durable": time.perf_counter() - begin}
+
+    def train(self, steps: int, step_s: float, saves: list[int]) -> Reply:
+        """Train for a number of steps that compute for `step_s` each on an idle machine, saving after some.
+
+        Seconds until the last step has ended; saves may still be on their way then, and are waited for afterwards.
+        """
+        waits = []
+        dist.barrier()
+        begin = time.perf_counter()
+        for step in range(steps):
+            self._step(step_s)
+            if step in saves:
+                waits.append(self._async.begin(self._state))
+        self._step(0.0)
+        dist.barrier()
+        seconds = time.perf_counter() - begin
+        for wait in waits[-1:]:
+            wait()
+        return {"seconds": seconds}
+
+    def close_async(self) -> Reply:
+        self._async.close()
+        del self._async
+        return {}
+
+    def _step(self, seconds: float) -> None:
+        """Compute what takes `seconds` on an idle core; then the optimizer's step, with hooks but without gradients."""
+        if not hasattr(self, "_square"):
+            self._square = torch.ones(512, 512)
+            self._square @ self._square
+            begin = time.perf_counter()
+            for _ in range(50):
+                self._square @ self._square
+            self._product_s = (time.perf_counter() - begin) / 50
+        for _ in range(round(seconds / self._product_s)):
+            self._square @ self._square
+        self._state.optim.step()
 
     def state_bytes(self) -> Reply:
         """How many bytes of tensors this rank holds."""

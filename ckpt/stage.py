@@ -286,11 +286,15 @@ class Stage:
     _user: Pending | None = None  # of the ring
 
     def _room(self) -> Arena | None:
-        """An arena whose snapshot is resolved and, where there are several, not the newest that is whole."""
+        """An arena whose snapshot is resolved and, where there are several, not the newest that is whole.
+
+        While the second one is being made there is one: better used again at once than waited for.
+        """
         free = [arena for arena in self._arenas if arena.user is None]
         done = [a for a in self._arenas if a.user is not None and a.user.outcome is not None]
         whole = [a for a in self._arenas if a.user is not None and a.user.complete]
-        newest = max(whole, key=lambda a: a.user.order.job.index, default=None) if self._limit > 1 else None  # type: ignore[union-attr]
+        several = len(self._arenas) > 1 or (self._limit > 1 and self._making is None)
+        newest = max(whole, key=lambda a: a.user.order.job.index, default=None) if several else None  # type: ignore[union-attr]
         older = [arena for arena in done if arena is not newest]
         return (free + sorted(older, key=lambda a: a.user.order.job.index))[0] if free or older else None  # type: ignore[union-attr]
 

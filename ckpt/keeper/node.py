@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from ckpt.errors import CkptError, Corrupt, SaveFailed
-from ckpt.keeper.coordinator import failure, world_of
+from ckpt.keeper.coordinator import discard, failure, world_of
 from ckpt.keeper.orders import (
     Abort,
     Broken,
@@ -230,6 +230,7 @@ class Node:
 
     async def _resolve(self, outcome: Outcome, mine: list[Snapshot]) -> None:
         """End the work on an attempt, keep it in RAM if it was committed, and tell its workers."""
+        cut_short = any(snapshot.wanted.is_set() and not snapshot.stored for snapshot in mine)
         for snapshot in mine:
             snapshot.ended = True
             snapshot.copying.give_up(outcome.message or "a newer step took its place")
@@ -237,6 +238,8 @@ class Node:
             snapshot.copied.set()
             if snapshot.task is not None:
                 await snapshot.task
+        if cut_short and outcome.kind not in ("", "Fenced"):  # it was written to after the coordinator removed it
+            await self._thread(discard, self._run, outcome.attempt)
         seconds = max((snapshot.writing_s for snapshot in mine), default=0.0)
         if outcome.commit is not None and seconds:
             rate = sum(snapshot.order.data_bytes for snapshot in mine) / seconds

@@ -39,6 +39,7 @@ from ckpt.wire import Channel, serve_unix
 
 log = logging.getLogger("ckpt.keeper")
 
+CLAIM_S = 1.0
 GRACE_S = 600.0  # after the last worker was lost: a restart finds its state in RAM meanwhile
 
 
@@ -194,11 +195,19 @@ class Keeper:
                 await self._hub.listen(host, port, token)
 
 
+def _claim(ram: RamTier) -> Claim | None:
+    """The keeper's lock. Whoever looks whether a keeper lives holds it for an instant: that is waited for."""
+    deadline = time.monotonic() + CLAIM_S
+    while (claim := Claim.take(ram.file("lock"))) is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return claim
+
+
 def serve(root: str, nonce: str) -> int:
     """Be the keeper of run `nonce` on this node until it may end; the exit code. At once if another one lives."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     ram = RamTier(root, nonce)
-    claim = Claim.take(ram.file("lock"))
+    claim = _claim(ram)
     if claim is None:
         return 0
     for number in (signal.SIGINT, signal.SIGHUP):

@@ -21,12 +21,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import ROOT, Pool
-from keepers import is_clean, keepers, until
+from keepers import forget, is_clean, keepers, until
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ckpt
 from ckpt import Checkpointer, DeadlineExceeded, Every, SaveFailed
+from ckpt.keeper.ram import Claim, RamTier
+from ckpt.run import RunDirectory
 
 BIG = 300_000  # elements of a parameter: several runs
 
@@ -305,3 +307,22 @@ def test_a_closed_checkpointer_fails_what_was_not_saved(tmp_path: Path) -> None:
             raise RuntimeError("as a training loop would")
         with pytest.raises(DeadlineExceeded, match="closed before"):
             handle.wait(1)
+
+
+def test_a_look_at_its_lock_turns_no_starting_keeper_away(tmp_path: Path) -> None:
+    train_and_save(str(tmp_path), 1)
+    forget()
+    root, run = os.environ["CKPT_RAM_DIR"], RunDirectory.open(str(tmp_path))
+    assert run is not None
+    tier = RamTier(root, run.nonce)
+    tier.make()
+    tier.write(tier.file("run"), run.url.encode())
+    look = Claim.take(tier.file("lock"))
+    assert look is not None
+    subprocess.run([sys.executable, "-m", "ckpt.keeper", root, run.nonce], cwd=ROOT, check=True, timeout=30)
+    (pid,) = keepers(root)
+    until("it waits, or has gone", lambda: not keepers(root) or "nanosleep" in Path(f"/proc/{pid}/wchan").read_text())
+    assert keepers(root) == [pid]
+    look.release()
+    until("it listens", lambda: Path(tier.file("socket")).exists())
+    forget()

@@ -33,7 +33,7 @@ log = logging.getLogger("ckpt")
 RING_PLACES = 8
 REPORT_RUNS = 4  # the keeper hears of the copy every so many runs
 BATCH_RUNS = 16  # copies from a device that are under way together
-_FAULT_BYTES = 64 << 20
+_FAULT_BYTES = 2 << 20  # a populating thread holds the lock that every other mmap of the process needs
 _MADV_POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,22 +127,21 @@ class Source:
     """Where the raw bytes of a planned chunk come from: plain memory where they lie in one run, else a view."""
 
     def __init__(self, chunk: PlannedChunk, tensor: torch.Tensor) -> None:
-        box = Slice(chunk.owned.at, chunk.owned.box.shape)
-        self.view = narrow(tensor, box)
-        self.itemsize = ITEMSIZE[chunk.spec.dtype]
-        self.address: int | None = None
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and is_flat(tuple(tensor.shape), box):
-            self.address = tensor.data_ptr() + flat_span(tuple(tensor.shape), box)[0] * self.itemsize
+        self._tensor, self._box = tensor, Slice(chunk.owned.at, chunk.owned.box.shape)
+        self._itemsize = ITEMSIZE[chunk.spec.dtype]
+        self._address: int | None = None
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and is_flat(tuple(tensor.shape), self._box):
+            self._address = tensor.data_ptr() + flat_span(tuple(tensor.shape), self._box)[0] * self._itemsize
 
     def copy_to(self, into: torch.Tensor, at: int, start: int, stop: int) -> None:
         """Raw bytes [start, stop) of the chunk to `into[at:]`; from a device, enqueued on the current stream."""
-        if self.address is not None:
-            ctypes.memmove(into.data_ptr() + at, self.address + start, stop - start)  # releases the GIL
+        if self._address is not None:
+            ctypes.memmove(into.data_ptr() + at, self._address + start, stop - start)  # releases the GIL
             return
-        shape = tuple(self.view.shape)
-        for box in flat_boxes(shape, start // self.itemsize, stop // self.itemsize):
-            first = at + flat_span(shape, box)[0] * self.itemsize - start
-            typed(into, first, box.shape, self.view.dtype).copy_(narrow(self.view, box), non_blocking=True)
+        view, shape = narrow(self._tensor, self._box), self._box.shape
+        for box in flat_boxes(shape, start // self._itemsize, stop // self._itemsize):
+            first = at + flat_span(shape, box)[0] * self._itemsize - start
+            typed(into, first, box.shape, view.dtype).copy_(narrow(view, box), non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -40,6 +40,7 @@ INLINE_ELEMENTS = 1024  # a tensor inside a value up to this size is stored with
 RANK_VALUE_LIMIT_BYTES = 64 << 20
 
 
+@lru_cache(maxsize=1 << 16)
 def component(name: str) -> str:
     """A path component as it stands in a key: `/`, `%`, `@`, `#`, blanks and non-ASCII escaped as in URLs."""
     return quote(name, safe=_SAFE)
@@ -90,9 +91,10 @@ class Collected:
     def overlappable(self) -> frozenset[str]:
         """Keys of tensors that may be copied while training goes on: their writers are `optimizers` alone."""
         memory = {key: local.make() for key, local in self.locals.items()}
+        owners = self._fenced - self._unfenced
         fenced = {
             key for key, local in self.locals.items()
-            if id(local.owner) in self._fenced - self._unfenced and not memory[key].is_inference()
+            if id(local.owner) in owners and not memory[key].is_inference()
         }  # fmt: skip
         others = {storage_of(memory[key]) for key in self.locals.keys() - fenced}
         return frozenset(key for key in fenced if storage_of(memory[key]) not in others)

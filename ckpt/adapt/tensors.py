@@ -85,15 +85,23 @@ def _sharding(key: str, tensor: torch.Tensor | Shard, inner: torch.Tensor) -> Sh
             f"{key}: rank {mesh.get_rank()} is not in the mesh of this DTensor (ranks {mesh.mesh.flatten().tolist()}). "
             "Leave the key out of the state on ranks outside of the mesh."
         )
-    sharding = OnMesh(_mesh(mesh), tuple(_placement(key, p) for p in tensor.placements))
-    pieces = pieces_of(sharding, tuple(tensor.shape), mesh.get_rank())
-    expected = sum(piece.box.numel for piece in pieces)
+    try:
+        sharding, expected = _on_mesh(mesh, tensor.placements, tuple(tensor.shape))
+    except Incompatible as error:
+        raise Incompatible(f"{key}: {error}") from None
     if expected != inner.numel():
         raise Incompatible(
             f"{key}: {sharding.placements} of {tuple(tensor.shape)} gives this rank {expected} elements, "
             f"its local tensor has {inner.numel()}. Please report how this DTensor was made."
         )
     return sharding
+
+
+@lru_cache(maxsize=4096)
+def _on_mesh(mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[OnMesh, int]:
+    """The sharding, and how many elements it gives this rank."""
+    sharding = OnMesh(_mesh(mesh), tuple(map(_placement, placements)))
+    return sharding, sum(piece.box.numel for piece in pieces_of(sharding, shape, mesh.get_rank()))
 
 
 _meshes: dict[int, tuple[weakref.ref[Any], Mesh]] = {}  # torch works out a mesh's ranks anew at each look
@@ -113,7 +121,7 @@ def _interned_mesh(shape: tuple[int, ...], ranks: tuple[int, ...]) -> Mesh:
     return Mesh(shape, ranks)
 
 
-def _placement(key: str, placement: Any) -> Placement:
+def _placement(placement: Any) -> Placement:
     if isinstance(placement, _StridedShard):
         return Split(placement.dim, int(placement.split_factor))
     if isinstance(placement, TorchShard):
@@ -122,10 +130,10 @@ def _placement(key: str, placement: Any) -> Placement:
         return Replicate()
     if isinstance(placement, Partial):
         raise Incompatible(
-            f"{key}: a Partial placement is a sum that has not been taken yet. "
+            "a Partial placement is a sum that has not been taken yet. "
             "redistribute() it to Replicate or Shard before it is saved or restored."
         )
-    raise Incompatible(f"{key}: unknown placement {placement!r}")
+    raise Incompatible(f"unknown placement {placement!r}")
 
 
 def empty_like(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:

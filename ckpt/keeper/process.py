@@ -213,7 +213,7 @@ def serve(root: str, nonce: str) -> int:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the workers
     with contextlib.suppress(OSError):
-        os.nice(5)  # training comes first
+        os.nice(10)  # training comes first
     try:
         run = RunDirectory.open(Path(ram.file("run")).read_text())
     except NotFound:

@@ -137,14 +137,16 @@ class Worker:
         """Compute what takes `seconds` on an idle core; then the optimizer's step, with hooks but without gradients."""
         if not hasattr(self, "_square"):
             self._square = torch.ones(512, 512)
-            self._square @ self._square
-            begin = time.perf_counter()
-            for _ in range(50):
-                self._square @ self._square
-            self._product_s = (time.perf_counter() - begin) / 50
+            self._product_s = min(self._time_product() for _ in range(20))  # the others include somebody else's work
         for _ in range(round(seconds / self._product_s)):
             self._square @ self._square
         self._state.optim.step()
+
+    def _time_product(self) -> float:
+        begin = time.perf_counter()
+        for _ in range(10):
+            self._square @ self._square
+        return (time.perf_counter() - begin) / 10
 
     def state_bytes(self) -> Reply:
         """How many bytes of tensors this rank holds."""

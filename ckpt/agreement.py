@@ -56,14 +56,19 @@ def disagreements(ranks: Ranks, digests: Sequence[bytes | None]) -> list[int]:
     """Indices at which ranks brought different digests (8 bytes each; None: this rank has none to compare)."""
     if not digests:
         return []
-    mine = b"".join(d + bytes(255 - b for b in d) if d is not None else bytes(16) for d in digests)
-    merged = ranks.maximum(mine)
-    return [
-        i
-        for i in range(len(digests))
-        if any(a + b != 255 for a, b in zip(merged[16 * i : 16 * i + 8], merged[16 * i + 8 : 16 * i + 16], strict=True))
-        and any(merged[16 * i : 16 * i + 16])
-    ]
+    merged = ranks.maximum(b"".join(word(d) if d is not None else bytes(16) for d in digests))
+    words = [merged[at : at + 16] for at in range(0, len(merged), 16)]
+    return [i for i, found in enumerate(words) if any(found) and not is_one(found)]
+
+
+def word(digest: bytes) -> bytes:
+    """8 bytes as they travel through `Ranks.maximum`: with their complement, for `is_one`."""
+    return digest + bytes(255 - b for b in digest)
+
+
+def is_one(merged: bytes) -> bool:
+    """Whether every rank brought the word of the same 8 bytes."""
+    return all(a + b == 255 for a, b in zip(merged[:8], merged[8:], strict=True))
 
 
 def require_equal(ranks: Ranks, what: str, value: object) -> None:

@@ -84,8 +84,13 @@ def as_message(shared: dict[bytes, list[str]], digests: dict[str, bytes]) -> Rep
     )
 
 
+def digest_of_values(collected: Collected) -> bytes:
+    """8 bytes that are equal on all ranks where all values that are one for all ranks are."""
+    return digest8(b"".join(digest8(name.encode()) + digest8(data) for name, data in sorted(collected.values.items())))
+
+
 def check_values(ranks: Ranks, world: World, collected: Collected) -> None:
-    """Values that are one for all ranks must be equal on all."""
+    """Values that are one for all ranks must be equal on all; those that one stage alone has are not compared."""
     names = sorted(world.value_owner)
     digests = [digest8(collected.values[n]) if n in collected.values else None for n in names]
     if different := [names[i] for i in disagreements(ranks, digests)]:

@@ -1,12 +1,14 @@
-"""What a training loop needs of its process: to hear SIGTERM, and a bar that shows where it is."""
+"""What a training loop needs of its process: SIGTERM, a bar that shows where it is, no garbage collection midway."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -14,6 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("ckpt")
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cycle collector walks all that torch has imported, 0.1 s a time; saving and planning leave no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class OnSigterm:

@@ -5,12 +5,10 @@ Nothing of the state is touched before every rank has validated its target again
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +35,7 @@ from ckpt.manifest import (
     part_name,
 )
 from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
+from ckpt.process import no_collection
 from ckpt.ranks import Ranks
 from ckpt.reading import Neighbours, machine, read_data
 from ckpt.records import Commit
@@ -212,18 +211,6 @@ def _boxes_of(sharding: Sharding, shape: tuple[int, ...], rank: int) -> list[Sli
         return []
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's cycle collector walks all that torch has imported, 0.1 s a time; planning leaves no cycles behind."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed) -> None:
     """Fill `state` with the step of `reader`. Collective: on every rank it succeeds, or raises on every rank.
 
@@ -231,7 +218,7 @@ def restore_step(reader: StepReader, ranks: Ranks, state: Any, relaxed: Relaxed)
     the state is unusable then, and the error says so.
     """
     began = time.monotonic()
-    with _no_collection():
+    with no_collection():
         saved, stored_name, bound = together(ranks, lambda: _bind(reader, state, relaxed, ranks))
         unexpected = _unexpected(ranks, saved, bound, relaxed)
         targets = together(ranks, lambda: _validate(reader, saved, bound, relaxed, unexpected, ranks.size))

@@ -18,9 +18,16 @@ from typing import Any
 import msgspec
 
 from ckpt.adapt import Collected, Fence, Versions, collect_state
-from ckpt.agreement import Signal, on_first, raise_together, together
+from ckpt.agreement import Signal, is_one, on_first, raise_together, together, word
 from ckpt.errors import CkptError, Incompatible, SaveFailed
-from ckpt.exchange import agree_on_world, as_message, check_replicas, check_values, replica_digests
+from ckpt.exchange import (
+    agree_on_world,
+    as_message,
+    check_replicas,
+    check_values,
+    digest_of_values,
+    replica_digests,
+)
 from ckpt.figures import Reporter, Reporters, SaveFailure, SaveFigures, log_line
 from ckpt.handle import SaveHandle
 from ckpt.holder import Holder
@@ -39,6 +46,7 @@ from ckpt.keeper.ram import (
 from ckpt.layout import OWNERSHIP, World
 from ckpt.manifest import digest, encode_layout, encode_world
 from ckpt.plan import RUN_BYTES, SavePlan, plan_save
+from ckpt.process import no_collection
 from ckpt.ranks import Ranks
 from ckpt.records import attempt_name
 from ckpt.run import RunDirectory
@@ -77,6 +85,7 @@ class _Request:
     metrics: dict[str, float]
     collected: Collected
     layout_bytes: bytes
+    values: bytes  # digest
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,10 @@ class Saver:
         With `must` the step is never left out. Raises on every rank what any rank cannot do, and what an earlier save
         failed of; nothing of this step exists then.
         """
+        with no_collection():
+            return self._save(step, state, metrics, must)
+
+    def _save(self, step: int, state: Any, metrics: Mapping[str, float], must: bool) -> SaveHandle:
         called = time.monotonic()
         self._begin()
         request: _Request | None = None
@@ -153,7 +166,6 @@ class Saver:
             return self._skip(step)
         layout = self._layout
         assert layout is not None
-        check_values(self._ranks, layout.world, request.collected)
         return self._copy(request, layout, called, must)
 
     def _request(self, step: int, state: Any, metrics: Mapping[str, float]) -> _Request:
@@ -166,22 +178,27 @@ class Saver:
                 f"to train step {number} again, first go back with restore(state, step=N) for some N below {number}"
             )
         collected = collect_state(state, self._ranks.rank, self._ranks.size)
-        return _Request(number, values, collected, encode_layout(collected.layout()))
+        layout = encode_layout(collected.layout())
+        return _Request(number, values, collected, layout, digest_of_values(collected))
 
     def _agree(self, request: _Request | None, failure: BaseException | None) -> _Request | None:
         """One word among the ranks: go on (a new layout is exchanged here), or leave it out (None), or raise."""
         changed = request is not None and (self._layout is None or digest(request.layout_bytes) != self._layout.digest)
         busy = not changed and self._layout is not None and not self._stage.has_room()
         at = request.step if request else 0
-        heard = self._ranks.maximum(Signal(at, failed=failure is not None, layout_changed=changed, busy=busy).encode())
+        mine = Signal(at, failed=failure is not None, layout_changed=changed, busy=busy)
+        heard = self._ranks.maximum(mine.encode() + word(request.values if request else bytes(8)))
         if Signal.any_failed(heard):
             self._raise(failure)
         assert request is not None
-        signal = Signal.decode(heard, at)
+        signal = Signal.decode(heard[:16], at)
         if signal.layout_changed:
             self._exchange(request)
         elif signal.busy:
             return None
+        if not is_one(heard[16:]):
+            assert self._layout is not None
+            check_values(self._ranks, self._layout.world, request.collected)
         return request
 
     def _copy(self, request: _Request, layout: _Layout, called: float, must: bool) -> SaveHandle:
@@ -189,7 +206,7 @@ class Saver:
         collected = request.collected
         overlapped = collected.overlappable() if self._options.overlap else frozenset[str]()
         copy_plan = layout.copy_plan(overlapped)
-        tensors = {chunk.owned.key: collected.locals[chunk.owned.key].make() for chunk in layout.plan.chunks}
+        tensors = collected.tensors
         digests_now = replica_digests(layout.shared, collected, request.step, lambda key: key not in overlapped)
         place = self._stage.take(self._options.timeout_s)
         self._index += 1
@@ -199,7 +216,7 @@ class Saver:
         pending = self._courier.begin(order, layout.layouts, place.fd if isinstance(place, Ring) else None)
         save = _Save(request.step, pending, called)
         self._handles.append(save)
-        versions = Versions.of({key: tensors[key] for key in overlapped if key in tensors})
+        versions = Versions.of({key: tensors[key] for key in overlapped})
 
         def checked() -> Replicas:
             later = replica_digests(layout.shared, collected, request.step, lambda key: key in overlapped)
@@ -211,7 +228,8 @@ class Saver:
             return as_message(layout.shared, {**digests_now, **later})
 
         self._fence.guard(collected.optimizers if overlapped else [], pending.wait_copied)
-        self._stage.begin(place, pending, copy_plan, [tensors[c.owned.key] for c in layout.plan.chunks], checked)
+        sources = [tensors[chunk.owned.key] for chunk in layout.plan.chunks]
+        self._stage.begin(place, pending, copy_plan, sources, checked, streamed=must)
         save.blocked_s = time.monotonic() - called
         return self._handle_of(save)
 

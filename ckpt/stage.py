@@ -14,10 +14,12 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from ckpt import direct
 from ckpt.adapt import bytes_view
 from ckpt.buffers import narrow, typed
 from ckpt.errors import DeadlineExceeded, StorageError
@@ -44,26 +46,43 @@ def _cuda() -> Any:
 
 
 class Memory:
-    """Mapped memory that a keeper can map too, registered with CUDA where there is a device."""
+    """Mapped memory that a keeper can map too, registered with CUDA where there is a device. Owns `fd`."""
 
     def __init__(self, fd: int, nbytes: int) -> None:
-        os.posix_fallocate(fd, 0, nbytes)  # what does not fit must fail here, not kill the process at a page fault
-        self._map = mmap.mmap(fd, nbytes)
+        self._fd = fd
+        try:
+            os.posix_fallocate(fd, 0, nbytes)  # what does not fit must fail here, not kill the process at a page fault
+            self._map = mmap.mmap(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self.nbytes = nbytes
+        self._faulted_in = torch.cuda.is_available()
         if torch.cuda.is_available():
             _cuda().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)
 
+    def put(self, at: int, address: int, nbytes: int) -> None:
+        """Copy plain memory to `bytes[at:]`; without a page fault for each page while none was there before."""
+        if self._faulted_in:
+            ctypes.memmove(self.bytes.data_ptr() + at, address, nbytes)  # releases the GIL
+        else:
+            direct.write_all(self._fd, memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B"), at)
+
     def fault_in(self) -> None:
-        """Touch every page, so that the first copy runs at the speed of warm memory."""
+        """Map every page, so that later copies run at the speed of warm memory."""
+        if self._faulted_in:
+            return
         for at in range(0, self.nbytes, _FAULT_BYTES):
             span = ctypes.c_size_t(min(_FAULT_BYTES, self.nbytes - at))
             _libc.madvise(ctypes.c_void_p(self.bytes.data_ptr() + at), span, _MADV_POPULATE_WRITE)  # frees the GIL
+        self._faulted_in = True
 
     def release(self) -> None:
         if torch.cuda.is_available():
             _cuda().cudaHostUnregister(self.bytes.data_ptr())
         self.bytes = torch.empty(0, dtype=torch.uint8)
+        os.close(self._fd)
 
 
 class Arena:
@@ -84,8 +103,6 @@ class Arena:
         except BaseException:
             os.unlink(self.path)
             raise
-        finally:
-            os.close(fd)
 
     def rename_to(self, attempt: str) -> None:
         """Become the data file of `attempt`; what it held before is no snapshot from here on."""
@@ -120,28 +137,37 @@ class Ring:
 
     def close(self) -> None:
         self.memory.release()
-        os.close(self.fd)
 
 
 class Source:
-    """Where the raw bytes of a planned chunk come from: plain memory where they lie in one run, else a view."""
+    """Where the raw bytes of a planned chunk come from: plain memory where they lie in one run, else a view.
+
+    Looked at when its turn to be copied comes; `save` has returned by then.
+    """
 
     def __init__(self, chunk: PlannedChunk, tensor: torch.Tensor) -> None:
-        self._tensor, self._box = tensor, Slice(chunk.owned.at, chunk.owned.box.shape)
-        self._itemsize = ITEMSIZE[chunk.spec.dtype]
-        self._address: int | None = None
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and is_flat(tuple(tensor.shape), self._box):
-            self._address = tensor.data_ptr() + flat_span(tuple(tensor.shape), self._box)[0] * self._itemsize
+        self._chunk, self._tensor = chunk, tensor
 
-    def copy_to(self, into: torch.Tensor, at: int, start: int, stop: int) -> None:
-        """Raw bytes [start, stop) of the chunk to `into[at:]`; from a device, enqueued on the current stream."""
+    @cached_property
+    def _box(self) -> Slice:
+        return Slice(self._chunk.owned.at, self._chunk.owned.box.shape)
+
+    @cached_property
+    def _address(self) -> int | None:
+        tensor, shape = self._tensor, tuple(self._tensor.shape)
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not is_flat(shape, self._box):
+            return None
+        return tensor.data_ptr() + flat_span(shape, self._box)[0] * tensor.element_size()
+
+    def copy_to(self, memory: Memory, at: int, start: int, stop: int) -> None:
+        """Raw bytes [start, stop) of the chunk to `at` of `memory`; from a device, enqueued on the current stream."""
         if self._address is not None:
-            ctypes.memmove(into.data_ptr() + at, self._address + start, stop - start)  # releases the GIL
+            memory.put(at, self._address + start, stop - start)
             return
-        view, shape = narrow(self._tensor, self._box), self._box.shape
-        for box in flat_boxes(shape, start // self._itemsize, stop // self._itemsize):
-            first = at + flat_span(shape, box)[0] * self._itemsize - start
-            typed(into, first, box.shape, view.dtype).copy_(narrow(view, box), non_blocking=True)
+        view, shape, itemsize = narrow(self._tensor, self._box), self._box.shape, ITEMSIZE[self._chunk.spec.dtype]
+        for box in flat_boxes(shape, start // itemsize, stop // itemsize):
+            first = at + flat_span(shape, box)[0] * itemsize - start
+            typed(memory.bytes, first, box.shape, view.dtype).copy_(narrow(view, box), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -178,6 +204,14 @@ class Copy:
         self._devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
         self._lock = threading.Lock()
         self._next, self._prefix, self._early = 0, 0, set[int]()
+        self._quiet = False
+
+    def work_alone(self, stop: int, threads: int) -> None:
+        """Copy the runs below `stop`; the keeper hears of them once all are there, and takes no share of the CPUs."""
+        self._quiet = True
+        _in_threads(lambda: self.work(stop), threads)
+        self._quiet = False
+        self._pending.progress(self._prefix)
 
     def work(self, stop: int) -> None:
         """Copy runs below `stop` that nobody has taken yet; returns when there is none left to take."""
@@ -202,15 +236,14 @@ class Copy:
     def _copy(self, index: int, streams: Sequence[torch.cuda.Stream]) -> None:
         run, ring = self._plan.runs[index], self._pending.order.ring
         into = index % ring * RUN_BYTES if ring else run.at
-        memory = self._memory.bytes[into : into + run.nbytes]
+        view, end = bytes_view(self._memory.bytes[into : into + run.nbytes]), 0
         if not run.pieces:
-            memory.copy_(self._header[run.at : run.at + run.nbytes])
+            view[:] = bytes_view(self._header[run.at : run.at + run.nbytes])
             return
-        view, end = bytes_view(memory), 0
         for source, start, stop, at in run.pieces:
             view[end:at] = bytes(at - end)
             with _on(streams):
-                self._sources[source].copy_to(memory, at, start, stop)
+                self._sources[source].copy_to(self._memory, into + at, start, stop)
             end = at + stop - start
         view[end:] = bytes(run.nbytes - end)
 
@@ -223,7 +256,7 @@ class Copy:
                 self._prefix += 1
             told = before // REPORT_RUNS, self._prefix // REPORT_RUNS
             prefix = self._prefix
-        if told[0] != told[1] or prefix == len(self._plan.runs):
+        if not self._quiet and (told[0] != told[1] or prefix == len(self._plan.runs)):
             self._pending.progress(prefix)
 
 
@@ -342,8 +375,13 @@ class Stage:
         plan: CopyPlan,
         tensors: Sequence[torch.Tensor],
         replicas: Callable[[], Replicas],
+        *,
+        streamed: bool,
     ) -> None:
-        """Copy what must be copied now, and the rest in the background; `pending` hears of the end or the failure."""
+        """Copy what must be copied now, and the rest in the background; `pending` hears of the end or the failure.
+
+        `streamed`: the caller waits for the store anyway, so that the keeper begins with what is copied.
+        """
         if isinstance(place, Arena):
             place.user = pending
         else:
@@ -354,20 +392,25 @@ class Stage:
             ready.record()
         copy = Copy(plan, tensors, place.memory, pending, ready)
         try:
-            _in_threads(lambda: copy.work(plan.now), self._threads)
+            if streamed or isinstance(place, Ring):
+                _in_threads(lambda: copy.work(plan.now), self._threads)
+            else:
+                copy.work_alone(plan.now, self._threads)
         except BaseException as error:
             pending.abort(error)
             raise
         # A daemon: an interpreter that ends waits for its saves itself, and a killed one for nothing.
-        self._thread = threading.Thread(target=self._rest, args=(copy, plan, pending, replicas), daemon=True)
+        act = partial(self._rest, copy, len(plan.runs), pending, replicas, place.memory)
+        self._thread = threading.Thread(target=act, daemon=True)
         self._thread.start()
 
-    def _rest(self, copy: Copy, plan: CopyPlan, pending: Pending, replicas: Callable[[], Replicas]) -> None:
+    def _rest(self, copy: Copy, runs: int, pending: Pending, replicas: Callable[[], Replicas], memory: Memory) -> None:
         try:
-            _in_threads(lambda: copy.work(len(plan.runs)), self._threads)
+            _in_threads(lambda: copy.work(runs), self._threads)
             pending.copied(replicas())
         except BaseException as error:
             pending.abort(error)
+        memory.fault_in()
         self._make_ahead()
 
     def _make_ahead(self) -> None:
@@ -390,6 +433,8 @@ class Stage:
             self._changed.notify_all()
 
     def _release(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
         with self._changed:
             self._changed.wait_for(lambda: self._making is None)
             for arena in self._arenas:
@@ -401,8 +446,6 @@ class Stage:
 
     def close(self) -> None:
         """End what is being copied, and give all memory back."""
-        if self._thread is not None:
-            self._thread.join()
         self._release()
 
 

@@ -88,9 +88,14 @@ class Collected:
         if fenced:
             self.optimizers.append(optimizer)
 
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The local memory of each tensor, by key. Looked at once all are collected."""
+        return {key: local.make() for key, local in self.locals.items()}
+
     def overlappable(self) -> frozenset[str]:
         """Keys of tensors that may be copied while training goes on: their writers are `optimizers` alone."""
-        memory = {key: local.make() for key, local in self.locals.items()}
+        memory = self.tensors
         owners = self._fenced - self._unfenced
         fenced = {
             key for key, local in self.locals.items()

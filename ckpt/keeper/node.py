@@ -38,7 +38,7 @@ from ckpt.keeper.orders import (
     ToCoordinator,
     ToWorker,
 )
-from ckpt.keeper.persist import Copying, Digests, Memory, part_of, take_in
+from ckpt.keeper.persist import Copying, Digests, Maps, Memory, part_of, take_in
 from ckpt.keeper.ram import RamTier
 from ckpt.layout import owned_by
 from ckpt.manifest import data_name, digest, part_name
@@ -106,6 +106,7 @@ class Node:
         self._outcomes: dict[str, Outcome] = {}
         self._made_in: dict[str, int] = {}  # generation of each attempt in RAM
         self._checked: set[bytes] = set()
+        self._maps = Maps()
         self._resolving: set[asyncio.Task[None]] = set()
         self._pool = ThreadPoolExecutor(THREADS_LIMIT, thread_name_prefix="keeper")
 
@@ -141,13 +142,10 @@ class Node:
         snapshot.task = asyncio.get_running_loop().create_task(self._care_for(snapshot))
 
     def _admit(self, order: Order, fd: int | None, worker: Worker | None, link: Link) -> Snapshot:
-        self._check_slots(order)
         path = self._ram.data(order.job.attempt, order.rank)
         opened = fd if fd is not None else os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            memory = Memory(order, opened)
-        finally:
-            os.close(opened)
+        memory = Memory(order, self._maps.of(opened, Memory.bytes_of(order)))
+        self._check_slots(order)
         if not order.ring:
             self._ram.write(self._ram.beside(order.job.attempt, order.rank, "order"), msgspec.msgpack.encode(order))
         deadline = time.monotonic() + order.job.deadline_s
@@ -224,6 +222,7 @@ class Node:
             if made_in < generation and not self._is_open(attempt):
                 self._ram.drop_attempt(attempt)
                 del self._made_in[attempt]
+        self._maps.trim()
 
     def _is_open(self, attempt: str) -> bool:
         return any(name == attempt for name, _ in self.open)
@@ -255,6 +254,7 @@ class Node:
                 self._ram.drop(snapshot.attempt, snapshot.rank, keep_data=snapshot.worker is not None)
             if snapshot.worker is not None:
                 snapshot.worker.tell(said)
+        self._maps.trim()
         async with self.changed:
             self.changed.notify_all()
 
@@ -265,6 +265,7 @@ class Node:
         for attempt in self._ram.attempts():
             if attempt not in self._outcomes or self._outcomes[attempt].commit is None:
                 self._ram.drop_attempt(attempt)
+        self._maps.trim()
 
     # One snapshot
 

@@ -6,6 +6,7 @@ for each snapshot; memory is only mapped, never copied.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -23,16 +24,53 @@ from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, Chunk, Part, PartRef, diges
 Piece = tuple[int, int, int, int]  # slot, first and last byte of its chunk, first byte in the run
 
 
-class Memory:
-    """The copied bytes of one rank, mapped: a whole data file in RAM, or a ring through which it streams."""
+class Maps:
+    """Memory of workers, mapped once for all snapshots that come through it: to map its pages takes longer than to
+    digest them. Owns a descriptor for each; what no name leads to any more is let go of by `trim`."""
 
-    def __init__(self, order: Order, fd: int) -> None:
+    def __init__(self) -> None:
+        self._maps: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}
+
+    def of(self, fd: int, nbytes: int) -> mmap.mmap:
+        """The memory behind `fd`, which this takes over."""
+        found = os.fstat(fd)
+        file = found.st_dev, found.st_ino
+        if file in self._maps and len(self._maps[file][1]) == nbytes:
+            os.close(fd)
+            return self._maps[file][1]
+        self.trim()
+        try:
+            if found.st_size < nbytes:  # a mapping that ends too early would kill this process
+                raise SaveFailed("the memory of a snapshot is smaller than its order says")
+            made = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
+        except BaseException:
+            os.close(fd)
+            raise
+        if found.st_nlink and file not in self._maps:
+            self._maps[file] = fd, made
+        else:
+            os.close(fd)  # a ring, whose memory has no name
+        return made
+
+    def trim(self) -> None:
+        for file, (fd, memory) in list(self._maps.items()):
+            if os.fstat(fd).st_nlink == 0:
+                with contextlib.suppress(BufferError):  # in use
+                    memory.close()
+                    os.close(fd)
+                    del self._maps[file]
+
+
+class Memory:
+    """The copied bytes of one rank: a whole data file in RAM, or a ring through which it streams."""
+
+    def __init__(self, order: Order, memory: mmap.mmap) -> None:
         self._order = order
-        nbytes = order.ring * order.place_bytes if order.ring else order.data_bytes
-        if os.fstat(fd).st_size < nbytes:  # a mapping that ends too early would kill this process
-            raise SaveFailed(f"{order.job.attempt}: the memory of rank {order.rank} is smaller than its order says")
-        self._map = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
-        self._view = memoryview(self._map)
+        self._view = memoryview(memory)
+
+    @staticmethod
+    def bytes_of(order: Order) -> int:
+        return order.ring * order.place_bytes if order.ring else order.data_bytes
 
     def run(self, index: int) -> memoryview:
         at, nbytes = self._order.runs[index]
@@ -42,7 +80,6 @@ class Memory:
 
     def close(self) -> None:
         self._view.release()
-        self._map.close()
 
 
 class Copying:

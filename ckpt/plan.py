@@ -231,11 +231,16 @@ class LoadPlan:
 def needed_parts(world: World, ownership: str, targets: Iterable[Target]) -> set[int]:
     """The writers whose parts are needed to fill `targets`."""
     found: set[int] = set()
+    known: dict[object, bool] = {}  # by what all tensors of a layer's kind have in common: whether nobody shares them
     for key, box in {(target.key, piece.box) for target in targets for piece in target.pieces}:
-        if ownership == OWNERSHIP:
+        alike = world.specs[key].shape, tuple(world.instances[key].items()), box
+        if alike not in known:
+            groups = held(world, key, box)
+            known[alike] = all(len(group.ranks) == 1 for group in groups)
+            if known[alike] or ownership != OWNERSHIP:
+                found.update(rank for group in groups for rank in group.ranks)
+        if not known[alike] and ownership == OWNERSHIP:
             found.update(writers(world, key, box))
-        else:
-            found.update(rank for group in held(world, key, box) for rank in group.ranks)
     return found
 
 
@@ -275,6 +280,8 @@ def _segments(chunk: Chunk, copies: Sequence[Copy], targets: Sequence[Target]) -
         first, last, memory = inside
         for start in range(first, last, RUN_BYTES):
             yield Segment(chunk, start, min(start + RUN_BYTES, last), tuple(copies), memory + start - first)
+        if (first, last) == (0, nbytes):
+            return
         needed = _blocks(chunk, copies[0].box) - set(range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES)))
     else:
         needed = set().union(*(_blocks(chunk, copy.box) for copy in copies))

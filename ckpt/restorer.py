@@ -196,12 +196,15 @@ def _neighbours(
     machines = ranks.gather(machine())
     here = [rank for rank, name in enumerate(machines) if name == machines[ranks.rank]]
     others = [rank for rank in here if rank != ranks.rank]
-    wanted: dict[str, set[Slice]] = {}
+    wanted: dict[str, tuple[Slice, ...]] = {}
+    boxes: dict[tuple[Sharding, tuple[int, ...]], tuple[Slice, ...]] = {}
     for local in targets if others else ():
         key = stored_name[saved.stored(local.key)]
-        shape = reader.manifest.world.specs[key].shape
-        wanted.setdefault(key, set()).update(box for rank in others for box in _boxes_of(local.sharding, shape, rank))
-    return Neighbours(here.index(ranks.rank), len(here), {key: tuple(boxes) for key, boxes in wanted.items()})
+        kind = local.sharding, reader.manifest.world.specs[key].shape
+        if kind not in boxes:
+            boxes[kind] = tuple({box for rank in others for box in _boxes_of(*kind, rank)})
+        wanted[key] = wanted[key] + boxes[kind] if key in wanted else boxes[kind]
+    return Neighbours(here.index(ranks.rank), len(here), wanted)
 
 
 def _boxes_of(sharding: Sharding, shape: tuple[int, ...], rank: int) -> list[Slice]:

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
 .PHONY: install lint test prove bench demo clean
 
@@ -26,10 +27,16 @@ test: install
 prove: install
 	$(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
 
-bench: install
+bench: $(PEERS)
 	$(BIN)/python benchmarks/save_load.py
 	$(BIN)/python benchmarks/async_save.py
+	$(BIN)/python benchmarks/async_save.py --layout ddp --rounds 1
+	$(BIN)/python benchmarks/async_save.py --model 41m --rounds 1
 	$(BIN)/python benchmarks/plan_scale.py
+
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[bench]'
+	touch $(PEERS)
 
 demo: install
 	$(BIN)/python examples/demo.py

@@ -1,6 +1,7 @@
 """Asynchronous saves of the libraries compared, behind one small interface. Measures nothing: `worker.py` does."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +16,16 @@ class AsyncContender:
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
 
+    def prepare(self, state: TrainingState) -> None:
+        """Do what a run does once, before its saves. Not timed."""
+
     def begin(self, state: TrainingState) -> Callable[[], None]:
         """Begin a save; what is returned waits until it is durable."""
         raise NotImplementedError
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """What has to stand around the optimizer's step."""
+        return nullcontext()
 
     def close(self) -> None:
         """Release everything."""
@@ -115,13 +123,3 @@ class DcpProcess(DcpShared):
         from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
         return {**super().options(), "async_checkpointer_type": AsyncCheckpointerType.PROCESS}
-
-
-ASYNC_CONTENDERS: dict[str, type[AsyncContender]] = {
-    "holdfast": Holdfast,
-    "holdfast, no overlap": HoldfastInPlace,
-    "holdfast, skipping": HoldfastSkipping,
-    "dcp": Dcp,
-    "dcp shared": DcpShared,
-    "dcp process": DcpProcess,
-}

@@ -8,7 +8,7 @@ Measures nothing: `worker.py` does.
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class Contender:
     def load(self, path: Path, state: TrainingState) -> None:
         """Bring the values of the checkpoint under `path` into the tensors of `state`, in place."""
         raise NotImplementedError
+
+    def load_cold(self, path: Path, state: TrainingState) -> None:
+        """`load`, where none of the files is in the page cache."""
+        self.load(path, state)
 
     def finish_load(self, state: TrainingState) -> None:
         """Release what `prepare_load` took; after it `state` is checked."""
@@ -146,15 +150,16 @@ class Safetensors(Contender):
 class Limit(Contender):
     """What the machine can do with this rank's bytes and nothing else to think of.
 
-    save: O_DIRECT writes of a preallocated file, fsync. load: preadv from the page cache into memory that has been
-    touched. copy: memcpy of the tensors into memory that has been touched.
+    save: O_DIRECT writes of a preallocated file, fsync. load: preadv from the page cache, or direct I/O from the disk,
+    into memory that has been touched. copy: memcpy of the tensors into memory that has been touched. Where all ranks
+    hold the whole state, each takes an equal part of it.
     """
 
     def __init__(self) -> None:
         self._arena: mmap.mmap | None = None
 
     def prepare_save(self, path: Path, state: TrainingState) -> None:
-        self._arena = _touched_arena(state.local_bytes)
+        self._arena = _touched_arena(sum(part.numel() for part in self._own(state, state.rank)))
         self.copy(state)
 
     def copy(self, state: TrainingState) -> None:
@@ -180,11 +185,17 @@ class Limit(Contender):
         self._arena = None
 
     def prepare_load(self, path: Path, state: TrainingState) -> None:
-        self._arena = _touched_arena(state.local_bytes)
+        self._arena = _touched_arena(sum(part.numel() for part in self._own(state, state.rank)))
 
     def load(self, path: Path, state: TrainingState) -> None:
+        self._read(path, state, os.O_RDONLY)
+
+    def load_cold(self, path: Path, state: TrainingState) -> None:
+        self._read(path, state, os.O_RDONLY | os.O_DIRECT)
+
+    def _read(self, path: Path, state: TrainingState, flags: int) -> None:
         assert self._arena is not None
-        descriptor = os.open(path / f"rank{state.rank}.raw", os.O_RDONLY)
+        descriptor = os.open(path / f"rank{state.rank}.raw", flags)
         try:
             for offset, block in _blocks(self._arena, READ_BLOCK_BYTES):
                 _require_all(os.preadv(descriptor, [block], offset), block)
@@ -194,26 +205,27 @@ class Limit(Contender):
     def finish_load(self, state: TrainingState) -> None:
         for part, tensor in self._parts(state):
             tensor.copy_(part)
+        for rank in range(state.world) if _is_whole(state) else ():
+            for part in self._own(state, rank):
+                dist.broadcast(part, rank)
         set_hyperparameters(state)
         self._arena = None
 
     def _parts(self, state: TrainingState) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each non-empty tensor, as bytes, with its place in the arena."""
         offset = 0
+        for source in self._own(state, state.rank):
+            yield torch.frombuffer(self._arena, dtype=torch.uint8, count=source.numel(), offset=offset), source
+            offset += source.numel()
+
+    def _own(self, state: TrainingState, rank: int) -> Iterator[Tensor]:
+        """The bytes of each tensor that `rank` has to move, if any."""
         for tensor in _local_tensors(state).values():
-            if tensor.numel():
-                part = torch.frombuffer(self._arena, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
-                yield part, tensor.view(-1).view(torch.uint8)
-                offset += tensor.nbytes
-
-
-CONTENDERS: dict[str, Callable[[], Contender]] = {
-    "limit": Limit,
-    "holdfast": Holdfast,
-    "dcp": Dcp,
-    "torch.save": TorchSave,
-    "safetensors": Safetensors,
-}
+            flat = tensor.view(-1)
+            if _is_whole(state):
+                flat = flat[flat.numel() * rank // state.world : flat.numel() * (rank + 1) // state.world]
+            if flat.numel():
+                yield flat.view(torch.uint8)
 
 
 def fsync_path(path: Path) -> None:
@@ -231,6 +243,10 @@ def sync_directories(path: Path) -> None:
     if dist.get_rank() == 0:
         fsync_path(path)
         fsync_path(path.parent)
+
+
+def _is_whole(state: TrainingState) -> bool:
+    return isinstance(state.model, torch.nn.parallel.DistributedDataParallel)
 
 
 def _local_tensors(state: TrainingState) -> dict[str, Tensor]:

@@ -36,8 +36,9 @@ from worlds import World, WorldFailed
 FULL = {"layers": 12, "heads": 12, "width": 768, "vocabulary": 50257, "context": 1024}
 QUICK = {"layers": 2, "heads": 4, "width": 128, "vocabulary": 5003, "context": 64}
 
-ALL = ("limit", "holdfast", "dcp", "torch.save", "safetensors")
-RESHARDING = ("holdfast", "dcp")  # the others' files are bound to the rank that wrote them
+ALL = ("limit", "holdfast", "dcp", "torch-checkpointing", "torchsnapshot", "torch.save", "safetensors")
+RESHARDING = ("holdfast", "dcp", "torch-checkpointing", "torchsnapshot")  # the others' files are bound to their rank
+BALANCED = ("holdfast", "dcp")
 # The data files of one save: the group is the writer.
 WRITERS = {"holdfast": re.compile(r"^(r\d+)\.safetensors$"), "dcp": re.compile(r"^__(\d+)_\d+\.distcp$")}
 BALANCED_RANKS = (2, 3, 4)
@@ -96,6 +97,7 @@ class Bench:
         for name in order:
             self._save(number, "save", 2, name)
             self._load(number, "load 2->2", 2, name)
+            self._load(number, "load cold", 2, name, cold=True)
             if name not in resharding:
                 self._delete(name)
             if name == "limit":
@@ -129,7 +131,7 @@ class Bench:
 
     def _balance(self, layout: str, size: int) -> None:
         for name in self.contenders:
-            if name in RESHARDING:
+            if name in BALANCED:
                 self._worlds[size].call("save", contender=name, path=str(self._path(name)))
                 ratio = largest_over_mean(self._path(name), WRITERS[name], size)
                 self.balances.append(Balance(layout, size, name, ratio))
@@ -142,10 +144,9 @@ class Bench:
             number, operation, name, replies, files_bytes=sum(f.stat().st_size for f in files(self._path(name)))
         )
 
-    def _load(self, number: int, operation: str, size: int, name: str) -> None:
-        self._record(
-            number, operation, name, self._worlds[size].call("load", contender=name, path=str(self._path(name)))
-        )
+    def _load(self, number: int, operation: str, size: int, name: str, cold: bool = False) -> None:
+        replies = self._worlds[size].call("load", contender=name, path=str(self._path(name)), cold=cold)
+        self._record(number, operation, name, replies)
 
     def _record(
         self, number: int, operation: str, name: str, replies: list[dict[str, Any]], files_bytes: int | None = None
@@ -186,7 +187,7 @@ def largest_over_mean(path: Path, pattern: re.Pattern[str], ranks: int) -> float
 def operations_count(contenders: list[str], rounds: int, balance: bool) -> int:
     """How many steps the progress bar has."""
     resharding = sum(name in RESHARDING for name in contenders)
-    per_round = 2 * len(contenders) + ("limit" in contenders) + 3 * resharding
+    per_round = 3 * len(contenders) + ("limit" in contenders) + 3 * resharding
     return rounds * per_round + (2 * len(BALANCED_RANKS) if balance else 0)
 
 
@@ -205,9 +206,13 @@ def run(bench: Bench, rounds: int, balance: bool) -> None:
 
 def tables(bench: Bench, contenders: list[str]) -> list[report.Table]:
     """All tables that have something to say."""
-    found = [report.main_table(bench.measurements, contenders), report.cost_table(bench.measurements, contenders)]
+    found = [
+        report.main_table(bench.measurements, contenders),
+        report.goal_table(bench.measurements, contenders),
+        report.cost_table(bench.measurements, contenders),
+    ]
     if bench.balances:
-        found.append(report.balance_table(bench.balances, [name for name in contenders if name in RESHARDING]))
+        found.append(report.balance_table(bench.balances, [name for name in contenders if name in BALANCED]))
     return found
 
 
@@ -229,7 +234,7 @@ def notes(bench: Bench, rounds: int, disturbed: str | None) -> str:
         "ratios formed within a round and shown as median (lowest – highest).",
         "Files and directories fsynced; digests on for holdfast; every load goes into existing tensors and is checked.",
         "Limit: O_DIRECT write of a preallocated file and fsync; preadv from the page cache into touched memory; "
-        "2 ranks, one thread each. Every load is held against the latter.",
+        "2 ranks, one thread each; cold: direct reads. Every warm load is held against the same preadv.",
     ]
     if copies := [m.seconds for m in bench.measurements if m.operation == "copy"]:
         lines.append(f"Copying the state into touched memory, 2 ranks: {median(copies):.2f} s.")

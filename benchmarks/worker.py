@@ -15,8 +15,8 @@ from typing import Any
 import gpt2
 import torch
 import torch.distributed as dist
-from async_contenders import ASYNC_CONTENDERS
-from contenders import CONTENDERS, READ_BLOCK_BYTES, Contender
+from contenders import READ_BLOCK_BYTES, Contender
+from roster import ASYNC_CONTENDERS, CONTENDERS
 
 Reply = dict[str, Any]
 
@@ -66,14 +66,18 @@ class Worker:
         chosen.finish_save()
         return reply
 
-    def load(self, contender: str, path: str) -> Reply:
-        """Load from `path`, its files in the page cache, into wiped tensors; then check every element."""
+    def load(self, contender: str, path: str, cold: bool = False) -> Reply:
+        """Load from `path`, its files in the page cache or not, into wiped tensors; then check every element."""
         chosen = self._contenders[contender]
         target = Path(path)
         gpt2.wipe(self._state)
         chosen.prepare_load(target, self._state)
-        _read_through(target, self._state.rank, self._state.world)
-        reply = _measure(lambda: chosen.load(target, self._state))
+        if cold:
+            _drop(target)
+            reply = _measure(lambda: chosen.load_cold(target, self._state))
+        else:
+            _read_through(target, self._state.rank, self._state.world)
+            reply = _measure(lambda: chosen.load(target, self._state))
         chosen.finish_load(self._state)
         gpt2.verify(self._state)
         return reply
@@ -94,6 +98,7 @@ class Worker:
     def open_async(self, contender: str, path: str) -> Reply:
         """Make ready to save asynchronously below `path`."""
         self._async = ASYNC_CONTENDERS[contender](Path(path))
+        self._async.prepare(self._state)
         return {}
 
     def async_save(self) -> Reply:
@@ -128,6 +133,18 @@ class Worker:
             wait()
         return {"seconds": seconds}
 
+    def restore_again(self, path: str) -> Reply:
+        """A job that goes on: seconds of `restore` into wiped tensors, which are checked; then it ends in peace."""
+        import ckpt
+
+        gpt2.wipe(self._state)
+        with ckpt.Checkpointer(path) as checkpointer:
+            _read_through(Path(path), self._state.rank, self._state.world)
+            state = {"model": self._state.model, "optim": self._state.optim}
+            reply = _measure(lambda: checkpointer.restore(state, required=True) and None)
+            gpt2.verify(self._state)
+        return reply
+
     def close_async(self) -> Reply:
         self._async.close()
         del self._async
@@ -137,10 +154,11 @@ class Worker:
         """Compute what takes `seconds` on an idle core; then the optimizer's step, with hooks but without gradients."""
         if not hasattr(self, "_square"):
             self._square = torch.ones(512, 512)
-            self._product_s = min(self._time_product() for _ in range(20))  # the others include somebody else's work
+            self._product_s = min(self._time_product() for _ in range(200))  # the others include somebody else's work
         for _ in range(round(seconds / self._product_s)):
             self._square @ self._square
-        self._state.optim.step()
+        with self._async.guard():
+            self._state.optim.step()
 
     def _time_product(self) -> float:
         begin = time.perf_counter()
@@ -199,6 +217,16 @@ class _PeakMemory:
     def _status_bytes(field: str) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
+
+
+def _drop(path: Path) -> None:
+    """Have the files under `path` leave the page cache; all of them are on the disk."""
+    dist.barrier()
+    for file in [file for file in path.rglob("*") if file.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    dist.barrier()
 
 
 def _read_through(path: Path, rank: int, world: int) -> None:

@@ -66,6 +66,12 @@ class World:
                 self._fail(f"{operation}: rank {rank} of {self.size} is gone")
         return self._collect(operation)
 
+    def kill(self) -> None:
+        """End all ranks by SIGKILL, as a node that loses its workers would."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
     def close(self) -> None:
         """End all ranks: they leave when their stream ends; whoever does not is killed."""
         for connection in self._connections:

@@ -11,6 +11,7 @@ import operator
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,7 @@ log = logging.getLogger("ckpt")
 
 METRICS_LIMIT_BYTES = 32 * 1024
 COPY_THREADS_LIMIT = 4
+FINISHED_LIMIT = 64  # costs of saves that nobody has asked for yet
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Saver:
         self._handles: list[_Save] = []
         self.skipped = 0
         self._skipped_before = 0
-        self._finished: list[tuple[float, float]] = []
+        self._finished: deque[tuple[float, float]] = deque(maxlen=FINISHED_LIMIT)
         self._report = Reporters((log_line, *options.reporters))
 
     # Saving
@@ -154,6 +156,7 @@ class Saver:
         failure: BaseException | None = None
         try:
             self._raise_untold()
+            self._forget_old()
             request = self._request(step, state, metrics)
             may_skip = self._options.newest_only and not must
             if not may_skip:
@@ -215,6 +218,8 @@ class Saver:
             place.rename_to(order.job.attempt)
         pending = self._courier.begin(order, layout.layouts, place.fd if isinstance(place, Ring) else None)
         save = _Save(request.step, pending, called)
+        if self._handles:
+            self._handles[-1].following = save
         self._handles.append(save)
         versions = Versions.of({key: tensors[key] for key in overlapped})
 
@@ -266,23 +271,13 @@ class Saver:
         )
 
     def _handle_of(self, save: _Save) -> SaveHandle:
-        at = self._handles.index(save)
-        following = self._handles
-
-        def newer() -> SaveHandle | None:
-            index = following.index(save) + 1 if save in following else at
-            return self._handle_of(following[index]) if index < len(following) else None
-
-        return SaveHandle(save.step, save.pending, newer)
+        return SaveHandle(save.step, save.pending, lambda: self._handle_of(save.following) if save.following else None)
 
     def _skip(self, step: int) -> SaveHandle:
-        at, following = self._index, self._handles
-
-        def newer() -> SaveHandle | None:
-            later = [save for save in following if save.pending.order.job.index > at]
-            return self._handle_of(later[0]) if later else None
-
-        return SaveHandle(step, None, newer)
+        before = self._handles[-1] if self._handles else None  # what the stage is busy with
+        return SaveHandle(
+            step, None, lambda: self._handle_of(before.following) if before and before.following else None
+        )
 
     def _wait_for_room(self, request: _Request) -> None:
         if self._layout is not None and digest(request.layout_bytes) == self._layout.digest:
@@ -407,14 +402,17 @@ class Saver:
         failure = self.untold()
         for save in self._handles:
             save.pending.told = True
-        self._forget_old()
         if failure is not None:
             raise failure
 
     def _forget_old(self) -> None:
-        decided = [save for save in self._handles if save.pending.outcome is not None and save.pending.told]
-        for save in decided[:-1]:
-            self._handles.remove(save)
+        """Let go of saves that nobody has to hear of: all but the newest, and the newest that did not fail."""
+        told = [save for save in self._handles if save.pending.outcome is not None and (save.told or not save.failed)]
+        kept = {*[save for save in told if not save.failed][-1:], *self._handles[-1:]}
+        for save in told:
+            if save not in kept and not save.left_out:
+                save.following = None  # who holds a handle for long holds no chain of later ones
+        self._handles = [save for save in self._handles if save in kept or save not in told]
 
     @property
     def saving(self) -> bool:
@@ -439,8 +437,7 @@ class Saver:
 
     def finished(self) -> list[tuple[float, float]]:
         """Of every save that became durable since the last call: seconds blocked, and until durable. On rank 0."""
-        found, self._finished = self._finished, []
-        return found
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def _figures(self, save: _Save) -> SaveFigures:
         pending, outcome = save.pending, save.pending.outcome
@@ -475,11 +472,20 @@ class _Save:
     pending: Pending
     called: float
     blocked_s: float = 0.0
+    following: _Save | None = None
 
     @property
     def failed(self) -> bool:
         outcome = self.pending.outcome
         return outcome is not None and outcome.commit is None and not outcome.left_out
+
+    @property
+    def left_out(self) -> bool:
+        return self.pending.outcome is not None and self.pending.outcome.left_out
+
+    @property
+    def told(self) -> bool:
+        return self.pending.told
 
 
 def step_number(step: object) -> int:

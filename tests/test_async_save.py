@@ -7,6 +7,7 @@ by a small tmpfs.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ckpt
 from ckpt import Checkpointer, DeadlineExceeded, Every, SaveFailed
+from ckpt.keeper.courier import Pending
 from ckpt.keeper.ram import Claim, RamTier
 from ckpt.run import RunDirectory
 
@@ -126,6 +128,26 @@ def test_busy_skip_leaves_out_what_the_store_cannot_take_and_counts_it(tmp_path:
         assert skipped
         assert checkpointer.skipped == len(skipped)
         assert checkpointer.latest_step() == 20
+
+
+def test_saves_that_nobody_waits_for_are_not_kept(tmp_path: Path) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(type(found) is Pending for found in gc.get_objects())
+
+    net, optimizer = training()
+    state, before = {"model": net, "optim": optimizer}, held()
+    with Checkpointer(tmp_path) as checkpointer:
+        kept = checkpointer.save(1, state)  # leads to no later one
+        for number in range(2, 42):
+            step(net, optimizer, number)
+            last = checkpointer.save(number, state)
+        last.wait(60)
+        step(net, optimizer, 42)
+        assert held() - before <= 6
+        assert kept.wait(60).step == 1
+        with pytest.raises(ckpt.Incompatible, match="already been passed"):
+            checkpointer.save(41, state)
 
 
 def test_a_ring_is_announced_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

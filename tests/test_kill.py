@@ -226,7 +226,9 @@ def train(rank: int, world: int, url: str, budget: int | None) -> int:
             handle = checkpointer.save(step, state, blocking=step == 1)
             torch.mm(torch.ones(300, 300), torch.ones(300, 300))  # the next step's forward and backward
             handle.wait_copied()
-            note.write_text(str(step))
+            unfinished = Path(f"{note}.new")
+            unfinished.write_text(str(step))
+            unfinished.rename(note)  # the kill may come at any instant
             ended = torch.tensor(float(stop.exists()))
             dist.all_reduce(ended, dist.ReduceOp.MAX)
             if ended:
@@ -289,7 +291,7 @@ def _committed(url: str) -> int:
 
 
 def _noted(notes: Iterable[Path]) -> list[int]:
-    return [int(note.read_text() or 0) for note in notes]
+    return [int(note.read_text()) for note in notes]
 
 
 @pytest.mark.parametrize("seed", range(4))

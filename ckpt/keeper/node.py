@@ -218,10 +218,11 @@ class Node:
 
     def _drop_before(self, generation: int) -> None:
         """Forget what earlier generations left in RAM: their workers are gone, and there is something newer."""
-        for attempt, made_in in list(self._made_in.items()):
-            if made_in < generation and not self._is_open(attempt):
+        held = self._ram.attempts()
+        for attempt in held:
+            if self._made_in.get(attempt, generation) < generation and not self._is_open(attempt):
                 self._ram.drop_attempt(attempt)
-                del self._made_in[attempt]
+        self._made_in = {attempt: made_in for attempt, made_in in self._made_in.items() if attempt in held}
         self._maps.trim()
 
     def _is_open(self, attempt: str) -> bool:

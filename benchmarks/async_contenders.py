@@ -57,6 +57,15 @@ class HoldfastInPlace(Holdfast):
     options: ClassVar[dict[str, Any]] = {"overlap": False}
 
 
+class HoldfastBlocking(Holdfast):
+    """`save` returns once the step is durable."""
+
+    def begin(self, state: TrainingState) -> Callable[[], None]:
+        self.count += 1
+        self._checkpointer.save(self.count, {"model": state.model, "optim": state.optim}, blocking=True)
+        return lambda: None
+
+
 class HoldfastSkipping(Holdfast):
     """Leaves out what the store cannot take."""
 

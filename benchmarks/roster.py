@@ -22,6 +22,7 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 ASYNC_CONTENDERS: dict[str, Callable[[Path], AsyncContender]] = {
     "holdfast": async_contenders.Holdfast,
     "holdfast, no overlap": async_contenders.HoldfastInPlace,
+    "holdfast, blocking": async_contenders.HoldfastBlocking,
     "holdfast, skipping": async_contenders.HoldfastSkipping,
     "dcp": async_contenders.Dcp,
     "dcp shared": async_contenders.DcpShared,

@@ -111,8 +111,9 @@ class Worker:
         blocked = time.perf_counter() - begin
         wait()
         dist.barrier()
+        durable = time.perf_counter() - begin
         self._step(0.0)
-        return {"blocked": blocked, "durable": time.perf_counter() - begin}
+        return {"blocked": blocked, "durable": durable}
 
     def train(self, steps: int, step_s: float, saves: list[int]) -> Reply:
         """Train for a number of steps that compute for `step_s` each on an idle machine, saving after some.

@@ -290,6 +290,7 @@ class Saver:
         if self._began is not None:
             return
         self.settle()
+        self._courier.start()  # the keeper is there by the time that something is copied
 
         def first() -> bytes:
             assert self._holder is not None

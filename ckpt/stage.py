@@ -400,18 +400,22 @@ class Stage:
             pending.abort(error)
             raise
         # A daemon: an interpreter that ends waits for its saves itself, and a killed one for nothing.
-        act = partial(self._rest, copy, len(plan.runs), pending, replicas, place.memory)
+        prepare = None if streamed else place.memory
+        act = partial(self._rest, copy, len(plan.runs), pending, replicas, prepare)
         self._thread = threading.Thread(target=act, daemon=True)
         self._thread.start()
 
-    def _rest(self, copy: Copy, runs: int, pending: Pending, replicas: Callable[[], Replicas], memory: Memory) -> None:
+    def _rest(
+        self, copy: Copy, runs: int, pending: Pending, replicas: Callable[[], Replicas], prepare: Memory | None
+    ) -> None:
         try:
             _in_threads(lambda: copy.work(runs), self._threads)
             pending.copied(replicas())
         except BaseException as error:
             pending.abort(error)
-        memory.fault_in()
-        self._make_ahead()
+        if prepare is not None:  # while the store is waited for, it has the CPUs
+            prepare.fault_in()
+            self._make_ahead()
 
     def _make_ahead(self) -> None:
         """Have the next arena ready, and its pages too, so that no later copy pays for fresh memory."""

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from ckpt.loader import load
     from ckpt.readers import follow, restore
     from ckpt.records import Commit
+    from ckpt.retention import Best, Keep
 
 __all__ = [
+    "Best",
     "Checkpointer",
     "CkptError",
     "Commit",
@@ -48,6 +50,7 @@ __all__ = [
     "Every",
     "Fenced",
     "Incompatible",
+    "Keep",
     "NotFound",
     "PerRank",
     "Rng",
@@ -68,6 +71,7 @@ _HOMES = {
     "ckpt.loader": ("load",),
     "ckpt.readers": ("follow", "restore"),
     "ckpt.records": ("Commit",),
+    "ckpt.retention": ("Best", "Keep"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -26,6 +26,7 @@ from ckpt.ranks import Ranks, connect
 from ckpt.readers import choose_together, open_on_all, paths, restorable, restore_or_fall_back
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed
+from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.saver import Options, Saver, step_number
 
@@ -51,6 +52,8 @@ class Checkpointer:
     `ram_budget_bytes`: memory on each node for copies of the state, which survive the death of the workers (default:
     half of what is free). Up to three are held; where not even one fits, the copy streams through a small ring.
 
+    `keep`: which steps stay when a newer one is durable, as `Keep(last=3, every=1000)`; without it all of them do.
+
     `reporters`: called with a `ckpt.figures.SaveFigures` or `SaveFailure` after each save, on rank 0.
 
     Errors (all `CkptError`): `Fenced` when a newer start of the run has taken over, `SaveFailed` and
@@ -62,6 +65,7 @@ class Checkpointer:
         url: str | os.PathLike[str],
         *,
         every: Every | None = None,
+        keep: Keep | None = None,
         run_id: str | None = None,
         takeover: bool = False,
         strict_fencing: bool = True,
@@ -73,6 +77,8 @@ class Checkpointer:
     ) -> None:
         if busy not in ("wait", "skip"):
             raise ValueError(f'busy is "wait" or "skip", not {busy!r:.100}')
+        if keep is not None and not isinstance(keep, Keep):
+            raise ValueError(f"keep is a ckpt.Keep, as ckpt.Keep(last=3, every=1000), not {keep!r:.100}")
         self._every = every or Every(steps=1000)
         self._interval = self._every.interval()
         self._ranks: Ranks = connect(commit_timeout_s)
@@ -91,7 +97,7 @@ class Checkpointer:
             self._ranks.close()
             raise
         self.url = self._run.url
-        options = Options(overlap, busy == "skip", ram_budget_bytes, commit_timeout_s, tuple(reporters))
+        options = Options(overlap, busy == "skip", ram_budget_bytes, commit_timeout_s, tuple(reporters), keep)
         self._saver = Saver(self._ranks, self._run, self._holder, options)
         self._commit_timeout_s = commit_timeout_s
         self._metrics: dict[str, float] = {}
@@ -193,7 +199,9 @@ class Checkpointer:
         if chosen is None:
             return None
         ram = self._saver.ram if self._saver.ram.exists() else None
-        done = restore_or_fall_back(self._ranks, self._run, chosen, state, relaxed, fallback, self._lineage, ram)
+        done = restore_or_fall_back(
+            self._ranks, self._run, chosen, state, relaxed, fallback, self._lineage, ram, chosen=step is not None
+        )
         on_first(self._ranks, lambda: self._go_on_from(done.attempt))
         self._saver.forget_start()
         self._saved_at, self._last_saved = time.monotonic(), done.step

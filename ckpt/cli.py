@@ -1,4 +1,4 @@
-"""The command `ckpt`: look at a run's directory from a shell. Never writes to it.
+"""The command `ckpt`: look at a run's directory from a shell. Only `gc` writes to it.
 
 Owns what is printed. Data goes to stdout, as tables or with --json as one JSON document; progress, warnings and
 errors go to stderr, and the exit code says how it ended (`ckpt --help` lists them). At a terminal, tables fit its
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from itertools import groupby
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 from rich.console import Console
@@ -28,13 +28,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from ckpt.check import Finding, Report, Values, check_log, check_step
-from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
-from ckpt.holder import find_commit
+from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound
+from ckpt.holder import Holder, carry_out, find_commit, is_gone
 from ckpt.layout import World
 from ckpt.log import View
 from ckpt.manifest import Part, placement_code
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
+from ckpt.retention import Best, Keep, Plan, plan_retention
 from ckpt.run import RunDirectory
 from ckpt.sharding import Declared, OnMesh, Sharding
 
@@ -50,14 +51,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def cli() -> None:
     """Look at the checkpoints of a training run.
 
-    URL is the directory of the run, as given to ckpt.Checkpointer; where it is left out, $CKPT_URL counts. Nothing is
-    ever written, so all of this is safe beside a run that trains. Errors go to stderr, with --json too.
+    URL is the directory of the run, as given to ckpt.Checkpointer; where it is left out, $CKPT_URL counts. Nothing but
+    gc ever writes, so all else is safe beside a run that trains. Errors go to stderr, with --json too.
 
     \b
     Examples:
       ckpt ls /data/run                    which steps are there
       ckpt show /data/run --step 2000      what step 2000 holds, and who wrote it
       ckpt check /data/run --all           is every byte still what was saved
+      ckpt gc /data/run --last 3 --dry-run what would be deleted
       ckpt ls /data/run --json | jq '.steps[-1].step'
 
     \b
@@ -393,6 +395,91 @@ def _open(url: str) -> tuple[RunDirectory, View]:
     except Corrupt as error:
         still = "Nothing was changed. Without its log a run's steps cannot be told from abandoned attempts"
         raise Corrupt(f"{error}\n{still}: bring this file back from a copy.") from error
+
+
+@cli.command()
+@url_argument
+@click.option("--last", type=click.IntRange(1), required=True, metavar="N", help="Keep the newest N steps.")
+@click.option("--every", type=click.IntRange(1), metavar="N", help="Keep the first of each N steps.")
+@click.option("--best", metavar="METRIC", help="Keep the best steps by this metric.")
+@click.option("--mode", type=click.Choice(["min", "max"]), default="min", show_default=True, help="What is best.")
+@click.option("--best-count", type=click.IntRange(1), default=1, show_default=True, help="How many of the best.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--takeover", is_flag=True, help="Also if a job holds the run that may still live: it is fenced out.")
+@json_option
+def gc(
+    url: str,
+    last: int,
+    every: int | None,
+    best: str | None,
+    mode: Literal["min", "max"],
+    best_count: int,
+    dry_run: bool,
+    takeover: bool,
+    as_json: bool,
+) -> None:
+    """Delete the steps that a rule does not keep.
+
+    For a run that no job holds: a job that trains deletes by itself, with ckpt.Checkpointer(keep=...). What leaves is
+    recorded in the log first. The newest step, pinned ones and the one that the last job went on from always stay;
+    attempts that were never committed, and that the run has passed, leave. Exits 11 if a job holds the run.
+
+    
+    Examples:
+      ckpt gc /data/run --last 3 --every 10000 --dry-run
+      ckpt gc /data/run --last 1 --best val_loss
+
+    
+    --json prints
+      {"url": str, "dry_run": bool, "freed": int, in bytes
+       "kept": [{"step": int, "attempt": str, "why": str}, ...],
+       "deleted": [{"step": int, "attempt": str, "nbytes": int}, ...],
+       "abandoned": [str, ...]}   attempts that were never committed
+    """
+    run, view = _open(url)
+    keep = Keep(last=last, every=every, best=Best(best, mode, best_count) if best else None)
+    plan = plan_retention(view, keep, run.attempts())
+    if not dry_run and (plan.attempts or any(name in view.retired for name in run.attempts())):
+        _carry_out(run, view, plan, takeover)
+    _output(_plan_json(run, view, plan, dry_run), as_json, _print_plan)
+
+
+def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool) -> None:
+    holder = view.holder
+    if holder is not None and not takeover and not is_gone(holder):
+        raise Fenced(
+            f"{run.url}: generation {holder.generation} was started by pid {holder.pid} on host {holder.host!r}, which "
+            "may still run. Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass "
+            "--takeover"
+        )
+    start = Holder(run, run_id=None, takeover=takeover).take("gc")
+    carry_out(run, plan, start.generation, start.nonce)
+
+
+def _plan_json(run: RunDirectory, view: View, plan: Plan, dry_run: bool) -> Json:
+    kept = sorted((view.commits[name].step, name, why) for name, why in plan.kept.items())
+    leaving = [{"step": found.step, "attempt": found.attempt, "nbytes": found.nbytes} for found in plan.leaving]
+    return {
+        "url": run.url,
+        "dry_run": dry_run,
+        "freed": sum(commit.nbytes for commit in plan.leaving),
+        "kept": [{"step": step, "attempt": name, "why": why} for step, name, why in kept],
+        "deleted": leaving,
+        "abandoned": list(plan.abandoned),
+    }
+
+
+def _print_plan(found: Json) -> None:
+    table = _table("step", "attempt", "", "why", right="step")
+    leaving = [(step["step"], step["attempt"], "leaves", "") for step in found["deleted"]]
+    leaving += [(int(name.partition(".")[0]), name, "leaves", "never committed") for name in found["abandoned"]]
+    for step, attempt, what, why in sorted(
+        [*leaving, *((s["step"], s["attempt"], "", s["why"]) for s in found["kept"])]
+    ):
+        table.add_row(str(step), attempt, what, _plain(why))
+    _print(table)
+    verb = "would be deleted" if found["dry_run"] else "deleted"
+    _print(f"\n{_count(len(leaving), 'attempt')} {verb}, {_size(found['freed'])}")
 
 
 def _find(run: RunDirectory, view: View, step: int | None) -> Commit:

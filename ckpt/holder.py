@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import time
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
-from ckpt.log import HEAD, View, decide_commit, decide_start
+from ckpt.log import HEAD, View, decide_commit, decide_retire, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
     PART_LIMIT_BYTES,
@@ -25,9 +28,13 @@ from ckpt.manifest import (
     part_name,
 )
 from ckpt.records import Commit, Start, parse_attempt
+from ckpt.retention import Keep, Plan, plan_retention
 from ckpt.run import RunDirectory
 
 log = logging.getLogger("ckpt")
+
+RETIRED_AT_ONCE = 500  # attempts that one record names: it stays far below its limit
+_OURS = re.compile(r"MANIFEST|r\d{5,}\.(part|safetensors)|\.tmp-.*")
 
 
 class Holder:
@@ -57,7 +64,7 @@ class Holder:
                 reason=reason,
                 base=base,
                 takeover=self._takeover or current is not None,
-                holder_gone=_is_gone(view.holder),
+                holder_gone=is_gone(view.holder),
                 expected_generation=current.generation if current else None,
                 host=socket.gethostname(),
                 pid=os.getpid(),
@@ -142,6 +149,49 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
     )
 
 
+def apply_retention(
+    run: RunDirectory, keep: Keep, generation: int, holder_nonce: str, in_flight: Collection[str] = ()
+) -> Plan:
+    """In the name of the newest start: record what leaves under `keep`, then delete it. Returns the plan.
+
+    Deletes nothing unless its record is durable; `Fenced` if a newer start has taken over.
+    """
+    run.check_unchanged()
+    plan = plan_retention(run.log.read(), keep, run.attempts(), in_flight)
+    carry_out(run, plan, generation, holder_nonce)
+    return plan
+
+
+def carry_out(run: RunDirectory, plan: Plan, generation: int, holder_nonce: str) -> None:
+    """Retire the attempts of `plan`, and delete the bytes of all that are retired."""
+    for first in range(0, len(plan.attempts), RETIRED_AT_ONCE):
+        attempts, nonce = plan.attempts[first : first + RETIRED_AT_ONCE], secrets.token_hex(8)
+        run.log.append(
+            partial(decide_retire, generation=generation, holder_nonce=holder_nonce, nonce=nonce, attempts=attempts)
+        )
+    for name in run.attempts():
+        if name in run.log.view.retired:
+            _delete_attempt(run, name)
+
+
+def _delete_attempt(run: RunDirectory, attempt: str) -> None:
+    """Delete what we wrote; a file of somebody else stays, and the directory with it. Never follows a link."""
+    directory = run.attempt_path(attempt)
+    path = run.store.local_path(directory)
+    assert path is not None
+    if os.path.islink(path):
+        log.warning("%s is a link, which this library never makes: it stays, and what it leads to", path)
+        return
+    names = os.listdir(path)
+    foreign = [name for name in names if not _OURS.fullmatch(name)]
+    if not foreign:
+        run.store.delete(directory)
+        return
+    log.warning("%s holds files that are not of this library, which stay: %s", path, sorted(foreign)[:8])
+    for name in sorted(set(names) - set(foreign)):
+        os.unlink(os.path.join(path, name))
+
+
 def find_commit(view: View, step: int | None) -> Commit:
     """The commit of `step` in the lineage (None: the head). `NotFound` names what there is."""
     lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
@@ -162,7 +212,7 @@ def _boot_id() -> str:
         return ""
 
 
-def _is_gone(holder: Start | None) -> bool:
+def is_gone(holder: Start | None) -> bool:
     """Whether the holder's process certainly no longer runs: same boot of this machine, and no such process."""
     if holder is None or not holder.boot_id or holder.boot_id != _boot_id() or holder.host != socket.gethostname():
         return False

@@ -50,7 +50,10 @@ def restore(
         require_equal(ranks, "restore", (step, fallback, relaxed))
         chosen = choose_together(ranks, lambda: find_commit(run.log.read(), step), run, True)
         assert chosen is not None
-        return restore_or_fall_back(ranks, run, chosen, state, relaxed, fallback, lambda: restorable(run.log.view)).step
+        done = restore_or_fall_back(
+            ranks, run, chosen, state, relaxed, fallback, lambda: restorable(run.log.view), chosen=step is not None
+        )
+        return done.step
     finally:
         ranks.close()
 
@@ -113,10 +116,13 @@ def restore_or_fall_back(
     fallback: bool,
     lineage: Callable[[], list[Commit]],
     ram: RamTier | None = None,
+    *,
+    chosen: bool = False,
 ) -> Commit:
     """Restore `commit`; where that is damaged and the caller allows it, the newest older one that is not.
 
-    What `ram` holds of it is read there; where that is damaged, everything comes from the store.
+    What `ram` holds of it is read there; where that is damaged, everything comes from the store. Where retention has
+    deleted it meanwhile, the newest one is restored instead, or `NotFound` says so if the caller had `chosen` it.
     """
     while True:
         reader: StepReader | None = None
@@ -129,6 +135,10 @@ def restore_or_fall_back(
             if ranks.maximum(bytes([reader is not None and reader.used_ram])) != b"\x00":
                 log.warning("a copy in RAM is damaged, reading step %d from the store: %s", commit.step, error)
                 ram = None
+                continue
+            newer = choose_together(ranks, lambda commit=commit: _instead(run, commit, chosen), run, False)  # type: ignore[misc]
+            if newer is not None:
+                commit = newer
                 continue
             if not fallback:
                 raise
@@ -165,6 +175,20 @@ def open_on_all(ranks: Ranks, url: str | os.PathLike[str], open_first: Callable[
 
 
 _SHARED = "All nodes must see one directory (NFS, Lustre, a disk of the only node); nothing was written."
+
+
+def _instead(run: RunDirectory, commit: Commit, chosen: bool) -> Commit | None:
+    """What to restore for a commit that retention has deleted; None if it has not."""
+    view = run.log.read()
+    if commit.attempt not in view.retired:
+        return None
+    if chosen:
+        raise NotFound(
+            f"step {commit.step} of {run.url} was deleted by retention while it was read; the state is partly "
+            f"overwritten. `ckpt ls {run.url}` lists what there is"
+        )
+    log.warning("step %d was deleted by retention while it was read: there are newer ones", commit.step)
+    return find_commit(view, None)
 
 
 def _older(lineage: list[Commit], commit: Commit) -> Commit | None:

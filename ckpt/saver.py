@@ -50,6 +50,7 @@ from ckpt.plan import RUN_BYTES, SavePlan, plan_save
 from ckpt.process import no_collection
 from ckpt.ranks import Ranks
 from ckpt.records import attempt_name
+from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.stage import RING_PLACES, Arena, CopyPlan, Ring, Stage, plan_copy
 
@@ -69,6 +70,7 @@ class Options:
     ram_budget_bytes: int | None = None
     timeout_s: float = 600
     reporters: Sequence[Reporter] = ()
+    keep: Keep | None = None
 
 
 class _Began(msgspec.Struct, frozen=True, array_like=True):
@@ -267,7 +269,7 @@ class Saver:
             layouts=layout.layouts.digest,
             coordinator=nodes.coordinator,
             token=nodes.token,
-            summary=Summary(OWNERSHIP, request.metrics) if self._ranks.rank == 0 else None,
+            summary=Summary(OWNERSHIP, request.metrics, self._options.keep) if self._ranks.rank == 0 else None,
         )
 
     def _handle_of(self, save: _Save) -> SaveHandle:

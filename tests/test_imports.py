@@ -22,6 +22,7 @@ ORDER = [
     "ckpt.manifest",
     "ckpt.records",
     "ckpt.log",
+    "ckpt.retention",
     "ckpt.plan",
     "ckpt.direct",
     "ckpt.store",
@@ -79,6 +80,7 @@ PURE = [
     "ckpt.manifest",
     "ckpt.records",
     "ckpt.log",
+    "ckpt.retention",
     "ckpt.plan",
 ]
 IMPURE = {"torch", "os", "time", "threading", "logging", "random", "socket", "secrets"}

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt.errors import CkptError
+from ckpt.holder import apply_retention
 from ckpt.keeper.coordinator import Action, Attempt, Commits, Ledger, commit, discard, failure
 from ckpt.keeper.orders import (
     Broken,
     FromCoordinator,
+    Job,
     Joined,
     Ordered,
     Outcome,
@@ -21,6 +23,7 @@ from ckpt.keeper.orders import (
     Stored,
     ToCoordinator,
 )
+from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.wire import Channel, Server, dial_tcp, serve_tcp
 
@@ -111,6 +114,17 @@ class Hub:
         actions = self.ledger.resolved(outcome)
         self._tell_all(outcome)
         self._act([action for action in actions if action != outcome])
+        if outcome.commit is not None and attempt.summary is not None and attempt.summary.keep is not None:
+            self._spawn(self._retire(attempt.job, attempt.summary.keep))
+
+    async def _retire(self, job: Job, keep: Keep) -> None:
+        """Delete what the rule does not keep, now that there is something newer. What fails waits for the next time."""
+        try:
+            async with self._log_lock:
+                open_ones = set(self.ledger.open)
+                await asyncio.to_thread(apply_retention, self._run, keep, job.generation, job.holder, open_ones)
+        except Exception as error:
+            log.warning("nothing was deleted after step %d: %s", job.step, error)
 
     async def _discard(self, attempt: str) -> None:
         async with self._log_lock:

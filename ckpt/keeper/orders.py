@@ -17,6 +17,7 @@ import msgspec
 
 from ckpt.manifest import BLOCK_BYTES, PartRef
 from ckpt.records import Commit
+from ckpt.retention import Keep
 
 Replicas: TypeAlias = tuple[tuple[bytes, tuple[str, ...], bytes], ...]
 """Groups of ranks that hold equal tensors: name of the group, keys, 8 bytes of digest for each key."""
@@ -59,6 +60,7 @@ class Summary(msgspec.Struct, frozen=True, array_like=True):
 
     ownership: str
     metrics: dict[str, float]
+    keep: Keep | None = None
 
 
 class Hello(_Message, frozen=True):

@@ -1,0 +1,113 @@
+"""Which steps stay and which leave: a plan from the log and a rule. Pure; no clock has a say in it.
+
+What leaves is named by a `retire` record first and deleted after that, by the holder of the newest generation alone
+(`ckpt.holder.retire`). A crash in between leaves directories that the next time finds retired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+import msgspec
+
+from ckpt.log import View
+from ckpt.records import Commit, parse_attempt
+
+
+class Best(msgspec.Struct, frozen=True):
+    """The `keep` steps with the lowest ("min") or highest ("max") value of a metric; of equal ones the newest."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric or self.mode not in ("min", "max"):
+            raise ValueError(f'Best takes the name of a metric and mode "min" or "max", not {self!r:.200}')
+        _positive("Best(keep=...)", self.keep)
+
+
+class Keep(msgspec.Struct, frozen=True, kw_only=True):
+    """Keep the newest `last` steps, the first of each `every` steps, and the best; everything else leaves.
+
+    Pinned steps stay, and so does the step that the present generation went on from: it is the newest that was read
+    back. Steps that were left behind by going back stay until the run has come past them again. `ValueError` for
+    numbers below 1.
+    """
+
+    last: int = 1
+    every: int | None = None
+    best: Best | None = None
+
+    def __post_init__(self) -> None:
+        _positive("Keep(last=...)", self.last)
+        if self.every is not None:
+            _positive("Keep(every=...)", self.every)
+        if self.best is not None and not isinstance(self.best, Best):
+            raise ValueError(f"Keep(best=...) takes a ckpt.Best, not {self.best!r:.100}")
+
+
+def _positive(what: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{what} is a whole number of at least 1, not {number!r:.100}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rule makes of a run: why each committed attempt stays, and which attempts leave, by step."""
+
+    kept: dict[str, str]
+    leaving: tuple[Commit, ...]
+    abandoned: tuple[str, ...]  # never committed, and passed since
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        return (*(commit.attempt for commit in self.leaving), *self.abandoned)
+
+
+def plan_retention(view: View, keep: Keep, present: Iterable[str] = (), in_flight: Collection[str] = ()) -> Plan:
+    """What leaves under `keep`. `present`: attempts that have a directory; those `in_flight` are left alone."""
+    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+    if not lineage:
+        return Plan({}, (), ())
+    head = lineage[-1]
+    kept = {commit.attempt: reason for commit, reason in _reasons(lineage, keep)}
+    if view.holder is not None and view.holder.base is not None:
+        kept.setdefault(view.holder.base, "the step that this generation went on from")
+    kept.update({pin.attempt: f"pinned as {name}" for name, pin in view.pins.items()})
+    inside = {commit.attempt for commit in lineage}
+    for commit in view.commits.values():
+        if commit.attempt not in inside and commit.step > head.step:
+            kept.setdefault(commit.attempt, "left behind by going back, and not passed again")
+    standing = [commit for commit in view.commits.values() if commit.attempt not in view.retired]
+    leaving = [commit for commit in standing if commit.attempt not in kept]
+    abandoned = [
+        name
+        for name in present
+        if name not in view.commits and name not in view.retired and name not in in_flight
+        if (parsed := parse_attempt(name)) is not None and parsed[0] <= head.step
+    ]
+    names = {commit.attempt for commit in standing}
+    return Plan(
+        {name: why for name, why in kept.items() if name in names},
+        tuple(sorted(leaving, key=lambda commit: (commit.step, commit.attempt))),
+        tuple(sorted(abandoned)),
+    )
+
+
+def _reasons(lineage: list[Commit], keep: Keep) -> Iterable[tuple[Commit, str]]:
+    """Each commit that the rule keeps, with the reason; a later reason counts more."""
+    if keep.every is not None:
+        first: dict[int, Commit] = {}
+        for commit in lineage:
+            first.setdefault(commit.step // keep.every, commit)
+        yield from ((commit, f"the first of its {keep.every} steps") for commit in first.values())
+    if (best := keep.best) is not None:
+        sign = 1 if best.mode == "min" else -1
+        rated = [commit for commit in lineage if isfinite(commit.metrics.get(best.metric, float("nan")))]
+        rated.sort(key=lambda commit: (sign * commit.metrics[best.metric], -commit.step))
+        yield from ((commit, f"among the best {best.keep} by {best.metric}") for commit in rated[: best.keep])
+    yield from ((commit, f"among the last {keep.last}") for commit in lineage[-keep.last :])

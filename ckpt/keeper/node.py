@@ -205,6 +205,9 @@ class Node:
         elif isinstance(message, Complete):
             self._on_complete(message, mine)
         elif mine or message.attempt not in self._outcomes:
+            mine = [snapshot for snapshot in mine if not snapshot.ended]  # an outcome that is told twice ends each once
+            for snapshot in mine:
+                snapshot.ended = True
             task = asyncio.get_running_loop().create_task(self._resolve(message, mine))
             self._resolving.add(task)
             task.add_done_callback(self._resolving.discard)
@@ -232,7 +235,6 @@ class Node:
         """End the work on an attempt, keep it in RAM if it was committed, and tell its workers."""
         cut_short = any(snapshot.wanted.is_set() and not snapshot.stored for snapshot in mine)
         for snapshot in mine:
-            snapshot.ended = True
             snapshot.copying.give_up(outcome.message or "a newer step took its place")
             snapshot.wanted.set()
             snapshot.copied.set()

@@ -1,0 +1,58 @@
+"""One node's keeper, message by message: races that kills bring about once in hundreds."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import time
+from pathlib import Path
+
+from ckpt.keeper.node import Node, Snapshot
+from ckpt.keeper.orders import Job, Order, Outcome, ToCoordinator, ToWorker
+from ckpt.keeper.persist import Copying, Memory
+from ckpt.keeper.ram import RamTier
+from ckpt.run import RunDirectory
+
+ATTEMPT = "000000001.aa"
+
+
+class Silent:
+    """A link and a worker to whom everything can be said."""
+
+    rank = 0
+
+    def __init__(self) -> None:
+        self.heard: list[ToCoordinator | ToWorker] = []
+
+    def tell(self, message: ToCoordinator | ToWorker) -> None:
+        self.heard.append(message)
+
+
+def snapshot(rank: int, worker: Silent) -> Snapshot:
+    job = Job(ATTEMPT, 1, 1, 1, "nonce", 2, 10.0, False)
+    order = Order(
+        job=job, rank=rank, data_bytes=4096, slots=(), runs=((0, 4096),), values={}, rank_values={}, ring=1,
+        place_bytes=4096, local_world=2, layouts=b"", coordinator=None, token=b"", summary=None,
+    )  # fmt: skip
+    return Snapshot(order, Memory(order, mmap.mmap(-1, 4096)), Copying(1), worker, worker, time.monotonic() + 10)
+
+
+def test_an_outcome_that_is_told_again_ends_the_rank_that_came_in_between(tmp_path: Path) -> None:
+    """Seed 131 of the kill proof: a new keeper hears of a failed attempt from one rank, and then from the other."""
+
+    async def play() -> None:
+        ram = RamTier(os.environ["CKPT_RAM_DIR"], "node-test")
+        node = Node(RunDirectory.open(tmp_path, create=True), ram)
+        first, second = Silent(), Silent()
+        node.open[ATTEMPT, 0] = snapshot(0, first)
+        failed = Outcome(ATTEMPT, kind="SaveFailed", message="the keeper was lost")
+        node.heard(failed)
+        node.open[ATTEMPT, 1] = snapshot(1, second)  # its order comes now, and the coordinator answers it
+        node.heard(failed)
+        await asyncio.wait_for(node.settle(), 10)
+        assert not node.open
+        for worker in (first, second):
+            assert [message.message for message in worker.heard if isinstance(message, Outcome)] == [failed.message]
+
+    asyncio.run(play())

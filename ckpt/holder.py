@@ -1,7 +1,8 @@
 """The right to append: one process (rank 0) takes a generation of the run, and commits are made in its name.
 
-Collects what a `start` record says of this process, adopts what the generation before left complete, and appends
-the commit of an attempt whose parts all lie on the store. No tensors and no other ranks here.
+Collects what a `start` record says of this process, adopts what the generation before left complete, appends the
+commit of an attempt whose parts all lie on the store, and retires and deletes what a rule no longer keeps. No tensors
+and no other ranks here.
 """
 
 from __future__ import annotations

@@ -452,7 +452,9 @@ def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool) -> Non
             "may still run. Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass "
             "--takeover"
         )
-    start = Holder(run, run_id=None, takeover=takeover).take("gc")
+    taken = Holder(run, run_id=None, takeover=takeover)
+    start = taken.take("gc")
+    taken.adopt()  # what the job before left complete: the next one could not any more
     carry_out(run, plan, start.generation, start.nonce)
 
 

@@ -152,15 +152,14 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
 
 def apply_retention(
     run: RunDirectory, keep: Keep, generation: int, holder_nonce: str, in_flight: Collection[str] = ()
-) -> Plan:
-    """In the name of the newest start: record what leaves under `keep`, then delete it. Returns the plan.
+) -> None:
+    """In the name of the newest start: record what leaves under `keep`, then delete it.
 
     Deletes nothing unless its record is durable; `Fenced` if a newer start has taken over.
     """
     run.check_unchanged()
     plan = plan_retention(run.log.read(), keep, run.attempts(), in_flight)
     carry_out(run, plan, generation, holder_nonce)
-    return plan
 
 
 def carry_out(run: RunDirectory, plan: Plan, generation: int, holder_nonce: str) -> None:

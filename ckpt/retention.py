@@ -1,7 +1,7 @@
 """Which steps stay and which leave: a plan from the log and a rule. Pure; no clock has a say in it.
 
 What leaves is named by a `retire` record first and deleted after that, by the holder of the newest generation alone
-(`ckpt.holder.retire`). A crash in between leaves directories that the next time finds retired.
+(`ckpt.holder.apply_retention`). A crash in between leaves directories that the next time finds retired.
 """
 
 from __future__ import annotations

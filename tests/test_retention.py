@@ -268,6 +268,17 @@ def test_the_command_leaves_a_run_alone_that_a_job_holds(tmp_path: Path) -> None
     assert on_disk(tmp_path) == [3]
 
 
+def test_the_command_adopts_what_a_job_left_complete(tmp_path: Path) -> None:
+    """A crash between MANIFEST and commit record; the next start adopts only from the generation before it."""
+    train(tmp_path, range(1, 5), None)
+    newest = max((tmp_path / "log").iterdir())
+    assert isinstance(_records(tmp_path)[-1], Commit)
+    newest.unlink()
+    assert steps_of(tmp_path) == [1, 2, 3]
+    assert gc(str(tmp_path), "--last", "2", "--takeover").returncode == 0
+    assert steps_of(tmp_path) == on_disk(tmp_path) == [2, 3, 4]
+
+
 def test_a_retire_record_outlives_the_keeper(tmp_path: Path) -> None:
     """The keeper deletes before it ends, so a job that ends leaves what its rule keeps."""
     with ckpt.Checkpointer(tmp_path, keep=Keep(last=1)) as checkpointer:

@@ -35,13 +35,14 @@ class Maps:
         """The memory behind `fd`, which this takes over."""
         found = os.fstat(fd)
         file = found.st_dev, found.st_ino
+        if found.st_size < nbytes:  # a mapping that ends too early would kill this process
+            os.close(fd)
+            raise SaveFailed("the memory of a snapshot is smaller than its order says")
         if file in self._maps and len(self._maps[file][1]) == nbytes:
             os.close(fd)
             return self._maps[file][1]
         self.trim()
         try:
-            if found.st_size < nbytes:  # a mapping that ends too early would kill this process
-                raise SaveFailed("the memory of a snapshot is smaller than its order says")
             made = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
         except BaseException:
             os.close(fd)

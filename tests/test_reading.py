@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -153,6 +154,17 @@ def test_direct_reads_that_are_refused_become_ordinary_ones(tmp_path: Path) -> N
         assert buffer[first : first + RUN_BYTES] == bytes_view(stored.content[0])[:RUN_BYTES]
     finally:
         file.close()
+
+
+def test_a_view_keeps_its_memory() -> None:
+    """One that did not let a read write into freed memory, which ended the process some time later."""
+    tensor = torch.arange(5, dtype=torch.int16)
+    view, owner = bytes_view(tensor)[2:], weakref.ref(tensor)
+    del tensor
+    assert owner() is not None
+    assert bytes(view) == b"\1\0\2\0\3\0\4\0"
+    del view
+    assert owner() is None
 
 
 # Damage

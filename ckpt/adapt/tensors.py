@@ -148,8 +148,10 @@ def storage_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
 
 
 def bytes_view(tensor: torch.Tensor) -> memoryview:
-    """The raw bytes of a contiguous CPU tensor, without a copy. The tensor must outlive the view."""
+    """The raw bytes of a contiguous CPU tensor, without a copy. The view keeps the tensor's memory alive."""
     nbytes = tensor.numel() * tensor.element_size()
     if not nbytes:
         return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
+    memory = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")

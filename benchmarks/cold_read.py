@@ -24,6 +24,7 @@ from machine import busy, default_folder, describe
 
 from ckpt.adapt.tensors import bytes_view
 from ckpt.buffers import each
+from ckpt.datafile import LocalFile
 from ckpt.direct import open_cold
 from ckpt.manifest import BLOCK_BYTES, Chunk, digest
 from ckpt.plan import RUN_BYTES, LoadPlan, Target, plan_load
@@ -72,7 +73,7 @@ def measure(
 ) -> dict[str, list[tuple[float, float]]]:
     """Wall and CPU seconds of each round."""
     shared = Neighbours(0, 1, {fetch.segments[0].chunk.key: [whole((TENSOR_BYTES,))] for fetch in plan.fetches})
-    ours = partial(read_data, lambda _: str(path), plan, tensors)
+    ours = partial(read_data, lambda _: LocalFile(str(path)), plan, tensors)
     cold: dict[str, Callable[[], None]] = {
         "cold: limit, direct": partial(read_direct, path),
         "cold: limit, read-ahead": partial(read_buffered, path, tensors, READ_AHEAD_BYTES),

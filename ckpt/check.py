@@ -16,7 +16,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -25,6 +25,7 @@ import torch
 
 from ckpt.adapt import decode_value
 from ckpt.adapt.values import dtype_from_name
+from ckpt.datafile import DataFile, open_data
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
 from ckpt.layout import OWNERSHIP, World, owned_by
 from ckpt.log import View
@@ -35,6 +36,7 @@ from ckpt.records import Commit, Unknown, slot_name
 from ckpt.restorer import StepReader
 from ckpt.run import LOG, RunDirectory
 from ckpt.slices import Slice, cover_fault, whole
+from ckpt.store import Store
 
 FINDINGS_LIMIT = 100
 HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself reads at most
@@ -147,11 +149,6 @@ class _Check:
             return Finding(file, "is missing")
         return Finding(file, str(error).replace(f"{self._run.url}/", "").removeprefix(f"{file}: "))
 
-    def _local(self, name: str) -> str:
-        path = self._run.store.local_path(self._file(name))
-        assert path is not None
-        return path
-
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
         self._on_bytes(self._done, self._commit.nbytes)
@@ -237,24 +234,25 @@ class _Check:
     # Data files
 
     def _data_faults(self, rank: int, part: Part) -> Iterator[tuple[str | None, str]]:
-        path = self._local(data_name(rank))
-        problem, size = _file_problem(path, part.data_bytes)
+        store, name = self._run.store, self._file(data_name(rank))
+        problem, size = _file_problem(store, name, part.data_bytes)
         if problem:
             yield None, problem if size is not None else f"{problem}; it held {_names({c.key for c in part.chunks})}"
         if size is not None:
-            yield from _header_faults(path, part)
-            yield from self._chunk_faults(path, part, size)
+            with closing(open_data(store, name)) as file:
+                yield from _header_faults(file, part)
+                yield from self._chunk_faults(file, part, size)
 
-    def _chunk_faults(self, path: str, part: Part, size: int) -> Iterator[tuple[str | None, str]]:
+    def _chunk_faults(self, file: DataFile, part: Part, size: int) -> Iterator[tuple[str | None, str]]:
         chunks = sorted(part.chunks, key=lambda chunk: chunk.at)
-        damaged = verify_chunks(path, self._counted(s for chunk in chunks for s in _segments(chunk, RUN_BYTES)))
+        damaged = verify_chunks(file, self._counted(s for chunk in chunks for s in _segments(chunk, RUN_BYTES)))
         for _, group in groupby(damaged, lambda found: id(found[0].chunk)):
             found = list(group)
             chunk, reason = found[0][0].chunk, found[0][1]
             if chunk.at + chunk.stored_bytes > size:
                 yield chunk.key, f"its chunk at {list(chunk.offset)} reaches to file byte {_stop(chunk)}, past the end"
                 continue
-            bad = [s.start for segment, _ in found for s, _ in verify_chunks(path, _blocks_of(segment))]
+            bad = [s.start for segment, _ in found for s, _ in verify_chunks(file, _blocks_of(segment))]
             if not bad:
                 yield chunk.key, f"was damaged when read first and intact when read again ({reason}): suspect hardware"
                 continue
@@ -308,21 +306,21 @@ def _blocks_of(segment: Segment) -> Iterator[Segment]:
         yield Segment(segment.chunk, start, min(start + BLOCK_BYTES, segment.stop), ())
 
 
-def _file_problem(path: str, expected_bytes: int) -> tuple[str | None, int | None]:
+def _file_problem(store: Store, name: str, expected_bytes: int) -> tuple[str | None, int | None]:
     """What is wrong with a data file as a file, and its size if it can be read at all."""
+    path = store.local_path(name)
     try:
-        found = os.lstat(path)
-    except FileNotFoundError:
+        size = store.size(name)
+        mode = os.lstat(path).st_mode if path is not None else stat.S_IFREG
+    except (NotFound, FileNotFoundError):
         return "is missing", None
-    except OSError as error:
-        raise StorageError(f"look up {path}: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "something else"
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
         return f"is {kind}, not a regular file; readers refuse it", None
-    if found.st_size != expected_bytes:
-        how = "cut off" if found.st_size < expected_bytes else "too long"
-        return f"is {how}: {found.st_size} bytes, the MANIFEST says {expected_bytes}", found.st_size
-    return None, found.st_size
+    if size != expected_bytes:
+        how = "cut off" if size < expected_bytes else "too long"
+        return f"is {how}: {size} bytes, the MANIFEST says {expected_bytes}", size
+    return None, size
 
 
 # The header of a data file: what another safetensors reader would believe
@@ -341,35 +339,29 @@ class _Entry:
         return f"{self.dtype} {list(self.shape)} in bytes {self.start} to {self.stop}"
 
 
-def _header_faults(path: str, part: Part) -> Iterator[tuple[str | None, str]]:
+def _header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
     """How the header differs from the part, and padding that is not zero."""
-    with ExitStack() as stack:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            stack.callback(os.close, fd)
-            table, base = _read_header(fd, part.data_bytes)
-            yield from _table_faults(table, base, part)
-            pads = [entry for name, entry in table.items() if _is_pad(name)]
-            bad = [base + e.start for e in pads if any(_pread(fd, base + e.start, min(e.stop - e.start, RUN_BYTES)))]
-        except Corrupt as error:
-            yield None, str(error)
-            return
-        except OSError as error:
-            if error.errno not in _DAMAGE:
-                raise StorageError(f"read {path}: {error.strerror}") from error
-            yield None, f"its header cannot be read: {error.strerror}"
-            return
+    try:
+        table, base = _read_header(file, part.data_bytes)
+        yield from _table_faults(table, base, part)
+        pads = [entry for name, entry in table.items() if _is_pad(name)]
+        bad = [base + e.start for e in pads if any(_read_some(file, base + e.start, min(e.stop - e.start, RUN_BYTES)))]
+    except CkptError as error:
+        if not _is_damage(error):
+            raise
+        yield None, str(error).removeprefix(f"{file.name}: ")
+        return
     if bad:
         yield None, f"padding is not zero in {len(bad)} places, the first at file byte {bad[0]}; no tensor lies there"
 
 
-def _read_header(fd: int, data_bytes: int) -> tuple[dict[str, _Entry], int]:
+def _read_header(file: DataFile, data_bytes: int) -> tuple[dict[str, _Entry], int]:
     """The header's entries, and the file byte where the data section starts. Raises Corrupt."""
-    length = int.from_bytes(_pread(fd, 0, 8), "little")
+    length = int.from_bytes(_read_some(file, 0, 8), "little")
     if not 2 <= length <= min(HEADER_LIMIT_BYTES, data_bytes - 8):
         raise Corrupt(f"its safetensors header claims {length} bytes")
     try:
-        fields = json.loads(_pread(fd, 8, length), object_pairs_hook=_distinct)
+        fields = json.loads(_read_some(file, 8, length), object_pairs_hook=_distinct)
         fields.pop("__metadata__", None)
         table = {name: _entry(value) for name, value in fields.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -421,9 +413,8 @@ def _is_pad(name: str) -> bool:
     return name.startswith(".pad/")
 
 
-def _pread(fd: int, at: int, nbytes: int) -> bytes:
+def _read_some(file: DataFile, at: int, nbytes: int) -> bytes:
     """Bytes [at, at + nbytes), fewer only where the file ends."""
-    found = bytearray()
-    while len(found) < nbytes and (more := os.pread(fd, nbytes - len(found), at + len(found))):
-        found += more
+    found = bytearray(max(0, min(nbytes, file.size() - at)))
+    file.read(at, memoryview(found))
     return bytes(found)

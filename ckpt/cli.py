@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import reprlib
 import sys
 import time
@@ -129,14 +128,11 @@ def _commit_json(commit: Commit, view: View) -> Json:
 
 def _attempt_json(run: RunDirectory, attempt: str) -> Json | None:
     """An attempt without a commit record; None if it has gone meanwhile."""
-    path = run.store.local_path(run.attempt_path(attempt))
-    assert path is not None
     try:
-        nbytes = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path))
-        step = int(attempt.partition(".")[0])
-        return {"attempt": attempt, "step": step, "nbytes": nbytes, "unix_s": os.stat(path).st_mtime}
-    except OSError:
+        found = run.store.usage(run.attempt_path(attempt))
+    except CkptError:
         return None
+    return {"attempt": attempt, "step": int(attempt.partition(".")[0]), "nbytes": found.nbytes, "unix_s": found.unix_s}
 
 
 def _print_listing(listing: Json) -> None:

@@ -177,19 +177,9 @@ def carry_out(run: RunDirectory, plan: Plan, generation: int, holder_nonce: str)
 def _delete_attempt(run: RunDirectory, attempt: str) -> None:
     """Delete what we wrote; a file of somebody else stays, and the directory with it. Never follows a link."""
     directory = run.attempt_path(attempt)
-    path = run.store.local_path(directory)
-    assert path is not None
-    if os.path.islink(path):
-        log.warning("%s is a link, which this library never makes: it stays, and what it leads to", path)
-        return
-    names = os.listdir(path)
-    foreign = [name for name in names if not _OURS.fullmatch(name)]
-    if not foreign:
-        run.store.delete(directory)
-        return
-    log.warning("%s holds files that are not of this library, which stay: %s", path, sorted(foreign)[:8])
-    for name in sorted(set(names) - set(foreign)):
-        os.unlink(os.path.join(path, name))
+    foreign = run.store.clear(directory, lambda name: _OURS.fullmatch(name) is not None)
+    if foreign:
+        log.warning("%s/%s holds what is not of this library, which stays: %s", run.url, directory, foreign[:8])
 
 
 def find_commit(view: View, step: int | None) -> Commit:

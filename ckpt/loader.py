@@ -53,5 +53,5 @@ def _tensors(reader: StepReader, keys: Sequence[str]) -> dict[str, torch.Tensor]
     ]
     parts = needed_parts(manifest.world, manifest.ownership, targets)
     plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in sorted(parts)})
-    read_data(reader.data_path, plan, tensors)
+    read_data(reader.open_data, plan, tensors, threads=reader.threads)
     return dict(zip(keys, tensors, strict=True))

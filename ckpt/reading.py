@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from ckpt import direct
 from ckpt.adapt.tensors import bytes_view
 from ckpt.adapt.values import dtype_from_name
 from ckpt.buffers import each, narrow, typed
+from ckpt.datafile import STEP_BYTES, DataFile
 from ckpt.errors import Corrupt, Incompatible, StorageError
 from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, digest
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Copy, Fetch, LoadPlan, Segment, copy_boxes
@@ -33,7 +33,7 @@ from ckpt.sharding import ITEMSIZE
 from ckpt.slices import Slice, flat_span
 
 READ_THREADS = 3  # the disk works on while two verify and copy; more only wait for each other where it is not asked
-CACHED_BYTES = 8 * BLOCK_BYTES  # read, then verified while it is in the cache; smaller steps wait for the interpreter
+REQUESTS = 16  # where the store is reached by requests
 READ_AHEAD = 8  # fetches of at most RUN_BYTES each
 TURN = 16  # fetches that a rank reads first, of those it shares with others
 OPEN_FILES = 32
@@ -62,151 +62,78 @@ def machine() -> bytes:
 
 
 def read_data(
-    path_of: Callable[[int], str],
+    open_part: Callable[[int], DataFile],
     plan: LoadPlan,
     tensors: Sequence[torch.Tensor],
     neighbours: Neighbours = ALONE,
+    threads: int = READ_THREADS,
 ) -> None:
-    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i, `path_of(part)` its data file.
+    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i, `open_part(i)` the data of part i.
 
     `Corrupt`, naming file and tensor, when a block does not match its digest or the file ends early: some targets
     are overwritten then.
     """
     with ExitStack() as stack:
-        files = _Files(path_of)
+        files = _Files(open_part)
         stack.callback(files.close)
         turns = _announced(files, _in_turn(plan.fetches, neighbours), neighbours)
-        each(turns, lambda turn, buffer: _read_fetch(files, turn, buffer, tensors), READ_THREADS, _BUFFER_BYTES)
+        each(turns, lambda turn, buffer: _read_fetch(files, turn, buffer, tensors), threads, _BUFFER_BYTES)
 
 
-def verify_chunks(path: str, segments: Iterable[Segment]) -> Iterator[tuple[Segment, str]]:
-    """Read `segments` (RUN_BYTES each at most) of one file and yield those that are damaged, with the reason.
+def verify_chunks(file: DataFile, segments: Iterable[Segment]) -> Iterator[tuple[Segment, str]]:
+    """Read `segments` (RUN_BYTES each at most) of `file` and yield those that are damaged, with the reason.
 
     What the disk cannot read (EIO) is damaged too; any other failure of the store is raised.
     """
     buffer = torch.empty(RUN_BYTES, dtype=torch.uint8)  # never pinned: a check leaves the GPU alone
-    files = _Files(lambda _: path)
-    try:
-        for segment in segments:
-            try:
-                view = bytes_view(buffer)[: segment.stop - segment.start]
-                with files.use(0) as file:
-                    file.read(segment.chunk.at + segment.start, view)
-                _verify(path, segment, view, segment.start)
-            except (Corrupt, StorageError) as error:
-                cause = error.__cause__
-                if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
-                    raise
-                yield segment, str(error)
-    finally:
-        files.close()
+    for segment in segments:
+        try:
+            view = bytes_view(buffer)[: segment.stop - segment.start]
+            file.read(segment.chunk.at + segment.start, view)
+            _verify(file.name, segment, view, segment.start)
+        except (Corrupt, StorageError) as error:
+            cause = error.__cause__
+            if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
+                raise
+            yield segment, str(error)
 
 
 # Files
 
 
-class _File:
-    """One data file, open for ordinary reads, and for direct ones once there is one."""
+@dataclass
+class _Open:
+    """An open file, and how many threads read it now."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.users = path, 0
-        self._lock = threading.Lock()
-        self.fd = self._open(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
-        self._cold_fd: int | None = None
-
-    def read(self, at: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `at` on."""
-        done = 0
-        while done < len(into):
-            got = self._preadv(self.fd, into[done:], at + done)
-            if got == 0:
-                raise self._too_short(at + done, at + len(into))
-            done += got
-
-    def read_cold(self, at: int, nbytes: int, buffer: memoryview) -> int:
-        """Bring bytes [at, at + nbytes) into the page-aligned `buffer`, past the page cache; returns where they start.
-
-        `buffer` has room for the whole pages around them.
-        """
-        first = at % ALIGN_BYTES
-        low, needed = at - first, first + nbytes
-        pages, done = buffer[: -(-needed // ALIGN_BYTES) * ALIGN_BYTES], 0
-        while done < needed:
-            try:
-                got = self._preadv(self._cold(), pages[done:], low + done)
-            except StorageError as error:
-                if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINVAL:
-                    raise
-                self.read(at, pages[first:needed])  # larger blocks than ours, or no direct I/O after all
-                return first
-            reached = done + got
-            if reached < needed and reached // ALIGN_BYTES * ALIGN_BYTES <= done:
-                raise self._too_short(low + reached, at + nbytes)
-            done = reached if reached >= needed else reached - reached % ALIGN_BYTES
-        return first
-
-    def cached(self, fetch: Fetch) -> bool | None:
-        return direct.is_cached(self.fd, fetch.at, fetch.nbytes)
-
-    def announce(self, fetch: Fetch) -> None:
-        os.posix_fadvise(self.fd, fetch.at, fetch.nbytes, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        os.close(self.fd)
-        if self._cold_fd is not None:
-            os.close(self._cold_fd)
-
-    def _cold(self) -> int:
-        with self._lock:
-            if self._cold_fd is None:
-                self._cold_fd = self._open(lambda: direct.open_cold(self.path))
-            return self._cold_fd
-
-    def _open(self, act: Callable[[], int]) -> int:
-        try:
-            return act()
-        except FileNotFoundError:
-            raise Corrupt(f"{self.path}: this data file of a committed step is missing") from None
-        except OSError as error:
-            raise StorageError(f"open {self.path}: {error.strerror}") from error
-
-    def _preadv(self, fd: int, into: memoryview, at: int) -> int:
-        try:
-            return os.preadv(fd, [into], at)
-        except OSError as error:
-            what = f"read {self.path} at byte {at}: {error.strerror}"
-            raise (Corrupt if error.errno == errno.EIO else StorageError)(what) from error
-
-    def _too_short(self, end: int, needed: int) -> Corrupt:
-        end = min(end, os.fstat(self.fd).st_size)
-        return Corrupt(f"{self.path}: ends at byte {end}, its manifest says it has {needed} or more")
+    file: DataFile
+    users: int = 0
 
 
 class _Files:
     """The data files of the parts; those used last stay open."""
 
-    def __init__(self, path_of: Callable[[int], str]) -> None:
-        self._path_of, self._open = path_of, dict[int, _File]()  # in the order of their last use
+    def __init__(self, open_part: Callable[[int], DataFile]) -> None:
+        self._open_part, self._open = open_part, dict[int, _Open]()  # in the order of their last use
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, part: int) -> Iterator[_File]:
+    def use(self, part: int) -> Iterator[DataFile]:
         with self._lock:
-            file = self._open.pop(part, None) or _File(self._path_of(part))
-            self._open[part] = file
-            file.users += 1
+            found = self._open.pop(part, None) or _Open(self._open_part(part))
+            self._open[part] = found
+            found.users += 1
             idle = [other for other, held in self._open.items() if not held.users]
             for other in idle[: max(0, len(self._open) - OPEN_FILES)]:
-                self._open.pop(other).close()
+                self._open.pop(other).file.close()
         try:
-            yield file
+            yield found.file
         finally:
             with self._lock:
-                file.users -= 1
+                found.users -= 1
 
     def close(self) -> None:
-        for file in self._open.values():
-            file.close()
+        for found in self._open.values():
+            found.file.close()
         self._open.clear()
 
 
@@ -249,11 +176,11 @@ def _announced(files: _Files, fetches: Iterable[Fetch], neighbours: Neighbours) 
 
 def _way(files: _Files, fetch: Fetch, neighbours: Neighbours) -> _Way:
     with files.use(fetch.part) as file:
-        cached = file.cached(fetch)
+        cached = file.cached(fetch.at, fetch.nbytes)
         if cached is False and not _is_shared(fetch, neighbours.wanted):
             return _Way.COLD
         if not cached:
-            file.announce(fetch)
+            file.announce(fetch.at, fetch.nbytes)
     return _Way.CACHED
 
 
@@ -286,25 +213,25 @@ def _read_fetch(files: _Files, turn: _Turn, buffer: torch.Tensor, tensors: Seque
             _in_place(file, fetch, target)
 
 
-def _in_place(file: _File, fetch: Fetch, target: memoryview) -> None:
-    segment = fetch.segments[0]
-    for start in range(0, fetch.nbytes, CACHED_BYTES):
-        step = target[start : start + CACHED_BYTES]
+def _in_place(file: DataFile, fetch: Fetch, target: memoryview) -> None:
+    segment, nbytes = fetch.segments[0], file.step_bytes or fetch.nbytes
+    for start in range(0, fetch.nbytes, nbytes):
+        step = target[start : start + nbytes]
         file.read(fetch.at + start, step)
-        _verify(file.path, segment, step, segment.start + start)
+        _verify(file.name, segment, step, segment.start + start)
 
 
-def _cold_in_place(file: _File, fetch: Fetch, buffer: torch.Tensor, target: memoryview) -> None:
+def _cold_in_place(file: DataFile, fetch: Fetch, buffer: torch.Tensor, target: memoryview) -> None:
     segment, memory = fetch.segments[0], bytes_view(buffer)
     first = file.read_cold(fetch.at, fetch.nbytes, memory)
     into = ctypes.addressof(ctypes.c_ubyte.from_buffer(target))
-    for start in range(0, fetch.nbytes, CACHED_BYTES):
-        stop = min(start + CACHED_BYTES, fetch.nbytes)
-        _verify(file.path, segment, memory[first + start : first + stop], segment.start + start)
+    for start in range(0, fetch.nbytes, STEP_BYTES):
+        stop = min(start + STEP_BYTES, fetch.nbytes)
+        _verify(file.name, segment, memory[first + start : first + stop], segment.start + start)
         ctypes.memmove(into + start, buffer.data_ptr() + first + start, stop - start)  # releases the GIL
 
 
-def _through_buffer(file: _File, turn: _Turn, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+def _through_buffer(file: DataFile, turn: _Turn, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     fetch, memory, first = turn.fetch, bytes_view(buffer), 0
     if turn.way is _Way.COLD:
         first = file.read_cold(fetch.at, fetch.nbytes, memory)
@@ -312,9 +239,9 @@ def _through_buffer(file: _File, turn: _Turn, buffer: torch.Tensor, tensors: Seq
         file.read(fetch.at, memory[: fetch.nbytes])
     for segment in fetch.segments:
         at = first + segment.chunk.at + segment.start - fetch.at
-        _verify(file.path, segment, memory[at : at + segment.stop - segment.start], segment.start)
+        _verify(file.name, segment, memory[at : at + segment.stop - segment.start], segment.start)
         for copy in segment.copies:
-            _copy_out(file.path, segment, copy, buffer, at, tensors[copy.target])
+            _copy_out(file.name, segment, copy, buffer, at, tensors[copy.target])
 
 
 def _verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:

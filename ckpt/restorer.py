@@ -20,6 +20,7 @@ from ckpt.adapt import Bound, Local, Rng, Saved, Wanted, bind_state, decode_valu
 from ckpt.adapt.members import selected
 from ckpt.adapt.values import can_cast, dtype_name
 from ckpt.agreement import together
+from ckpt.datafile import DataFile, LocalFile, open_data
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.keeper.ram import RamTier
 from ckpt.manifest import (
@@ -37,7 +38,7 @@ from ckpt.manifest import (
 from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
 from ckpt.process import no_collection
 from ckpt.ranks import Ranks
-from ckpt.reading import Neighbours, machine, read_data
+from ckpt.reading import READ_THREADS, REQUESTS, Neighbours, machine, read_data
 from ckpt.records import Commit
 from ckpt.run import RunDirectory
 from ckpt.sharding import Sharding, TensorSpec, pieces_of
@@ -144,13 +145,16 @@ class StepReader:
         if found != expected:
             raise self._damaged(name, f"it has {found} bytes, its MANIFEST says {expected}")
 
-    def data_path(self, rank: int) -> str:
-        """Where to read the data of writer `rank`: in this node's RAM if it is there."""
+    def open_data(self, rank: int) -> DataFile:
+        """The data of writer `rank`: in this node's RAM if it is there."""
         if rank in self._ranks_in_ram and self._ram is not None:
-            return self._ram.data(self.commit.attempt, rank)
-        path = self.run.store.local_path(self.run.attempt_path(self.commit.attempt, data_name(rank)))
-        assert path is not None
-        return path
+            return LocalFile(self._ram.data(self.commit.attempt, rank))
+        return open_data(self.run.store, self.run.attempt_path(self.commit.attempt, data_name(rank)))
+
+    @property
+    def threads(self) -> int:
+        """How many reads are under way at a time."""
+        return READ_THREADS if self.run.store.local_path("") is not None else REQUESTS
 
     def saved(self, rename: Mapping[str, str] | None = None) -> tuple[Saved, dict[str, str]]:
         """What the step holds under the names of the target, and the stored name of each."""
@@ -392,10 +396,10 @@ def _plan_reads(
 
 
 def _read(reader: StepReader, reads: _Reads, neighbours: Neighbours) -> None:
-    read_data(reader.data_path, reads.fill, reads.fill_tensors, neighbours)
+    read_data(reader.open_data, reads.fill, reads.fill_tensors, neighbours, reader.threads)
     if reads.fill_tensors:
         torch.autograd.graph.increment_version(reads.fill_tensors)  # autograd notices a restore inside a graph
-    read_data(reader.data_path, reads.compare, reads.compare_tensors, neighbours)
+    read_data(reader.open_data, reads.compare, reads.compare_tensors, neighbours, reader.threads)
 
 
 def _stored_values(

@@ -9,6 +9,7 @@ Retry, limits and injected faults are wrappers with this same interface; a store
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
@@ -46,6 +47,33 @@ class Capabilities:
     def fences(self) -> bool:
         """Whether the log alone keeps two writers apart."""
         return self.exclusive_create and self.atomic_create
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What lies below a path: bytes, and when (by the store's clock) the newest of it was written."""
+
+    nbytes: int
+    unix_s: float
+
+
+class DataWriter(Protocol):
+    """A large file of known size while it is being written, under a name that is the writer's own.
+
+    `in_order`: it takes the bytes best in the order of the file; what comes early is held in memory until then.
+    """
+
+    @property
+    def in_order(self) -> bool: ...
+
+    def write(self, at: int, memory: memoryview) -> None:
+        """Write `memory` at byte `at`; from any thread. Each byte once. The memory is not needed afterwards."""
+
+    def finish(self) -> None:
+        """Return once the file is there, whole and durable."""
+
+    def abandon(self) -> None:
+        """End the work on it; what is there of it is never read. Does not raise."""
 
 
 class Store(Protocol):
@@ -103,10 +131,25 @@ class Store(Protocol):
         """Make a directory and its missing parents; durable when it returns. Idempotent."""
 
     def sync_directory(self, path: str) -> None:
-        """Make the names in a directory durable: needed after data files were created through `local_path`."""
+        """Make the names in a directory durable, whoever made them."""
+
+    def write_data(self, path: str, nbytes: int) -> DataWriter:
+        """Begin a file of `nbytes`, in place of what stands there; missing parents are made.
+
+        Only for names that are one's own. Durable once `finish` has returned.
+        """
+
+    def usage(self, directory: str) -> Usage:
+        """How much lies directly in `directory`. Raises NotFound."""
+
+    def clear(self, directory: str, ours: Callable[[str], bool]) -> Names:
+        """Delete the files in `directory` whose name is `ours`, MANIFEST first, and the directory if nothing is left.
+
+        Returns the names that stay. A link is never followed: it stays, and what it leads to. Idempotent.
+        """
 
     def local_path(self, path: str) -> str | None:
-        """The file's path on this machine for pread, pwrite and mmap, or None if it has none."""
+        """The file's path on this machine for pread, or None if the store is reached by requests."""
 
 
 def check_path(path: str, *, root_allowed: bool = False) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ ORDER = [
     "ckpt.store",
     "ckpt.stores",
     "ckpt.stores.posix",
+    "ckpt.datafile",
     "ckpt.run",
     "ckpt.holder",
     "ckpt.wire",

@@ -21,10 +21,11 @@ import ckpt
 from ckpt import direct
 from ckpt.adapt.tensors import bytes_view
 from ckpt.buffers import aligned
+from ckpt.datafile import LocalFile
 from ckpt.errors import Corrupt
 from ckpt.manifest import BLOCK_BYTES, Chunk, digest
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, LoadPlan, Target, plan_load
-from ckpt.reading import ALONE, OPEN_FILES, READ_THREADS, Neighbours, _File, _in_turn, read_data, verify_chunks
+from ckpt.reading import ALONE, OPEN_FILES, READ_THREADS, Neighbours, _in_turn, read_data, verify_chunks
 from ckpt.sharding import Piece, Whole, pieces_of
 from ckpt.slices import Slice, whole
 
@@ -82,7 +83,7 @@ def everyone(stored: Stored) -> Neighbours:
 def read_all(stored: Stored, neighbours: Neighbours = ALONE, *, in_place: bool = True) -> list[torch.Tensor]:
     plan = plan_load([target(chunk, in_place=in_place) for chunk in stored.chunks], {0: stored.chunks})
     tensors = [torch.zeros(chunk.shape, dtype=torch.uint8) for chunk in stored.chunks]
-    read_data(lambda _: str(stored.path), plan, tensors, neighbours)
+    read_data(lambda _: LocalFile(str(stored.path)), plan, tensors, neighbours)
     return tensors
 
 
@@ -125,7 +126,7 @@ def test_a_part_of_a_tensor(tmp_path: Path, way: str) -> None:
     plan = plan_load([Target("t0", (Piece(box, (0, 0)),), box.shape, direct=True)], {0: stored.chunks})
     if way != "warm":
         stored.drop()
-    read_data(lambda _: str(stored.path), plan, [tensor], everyone(stored) if way == "shared" else ALONE)
+    read_data(lambda _: LocalFile(str(stored.path)), plan, [tensor], everyone(stored) if way == "shared" else ALONE)
     assert torch.equal(tensor, stored.content[0][37 : 37 + 901, 11 : 11 + 8000])
 
 
@@ -148,7 +149,10 @@ def test_a_file_in_memory(in_place: bool) -> None:
 
 def test_direct_reads_that_are_refused_become_ordinary_ones(tmp_path: Path) -> None:
     stored = store(tmp_path / "data", [(RUN_BYTES + 77,)], [3])
-    file, buffer = _File(str(stored.path)), bytes_view(aligned(RUN_BYTES + 3 * ALIGN_BYTES))[1:]  # refused: not aligned
+    file, buffer = (
+        LocalFile(str(stored.path)),
+        bytes_view(aligned(RUN_BYTES + 3 * ALIGN_BYTES))[1:],
+    )  # refused: not aligned
     try:
         first = file.read_cold(3, RUN_BYTES, buffer)
         assert buffer[first : first + RUN_BYTES] == bytes_view(stored.content[0])[:RUN_BYTES]
@@ -239,7 +243,9 @@ def test_what_a_check_cannot_read_is_damaged() -> None:
         .segments[0]
     )
     path = f"/proc/{os.getpid()}/mem"  # nothing is mapped at address 0: EIO
-    assert [reason for _, reason in verify_chunks(path, [segment])] == [f"read {path} at byte 0: Input/output error"]
+    assert [reason for _, reason in verify_chunks(LocalFile(path), [segment])] == [
+        f"read {path} at byte 0: Input/output error"
+    ]
 
 
 # Bounds
@@ -264,11 +270,11 @@ def test_few_files_are_open_at_a_time_and_none_afterwards(tmp_path: Path) -> Non
     plan, tensors, content = many_files(tmp_path, 3 * OPEN_FILES)
     seen, before = list[int](), len(os.listdir("/proc/self/fd"))
 
-    def path_of(part: int) -> str:
+    def open_part(part: int) -> LocalFile:
         seen.append(len(os.listdir("/proc/self/fd")))
-        return str(tmp_path / "parts" / str(part))
+        return LocalFile(str(tmp_path / "parts" / str(part)))
 
-    read_data(path_of, plan, tensors)
+    read_data(open_part, plan, tensors)
     assert same(tensors, content)
     assert len(os.listdir("/proc/self/fd")) == before
     assert max(seen) - before <= 2 * (OPEN_FILES + READ_THREADS + 1)
@@ -292,7 +298,7 @@ def test_a_cold_read_takes_a_buffer_a_thread(tmp_path: Path, in_place: bool) -> 
     stored.drop()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    read_data(lambda _: str(stored.path), plan, tensors)
+    read_data(lambda _: LocalFile(str(stored.path)), plan, tensors)
     assert _status("VmHWM") - before <= READ_THREADS * (RUN_BYTES + 3 * ALIGN_BYTES) + (8 << 20)
     assert same(tensors, stored.content)
 

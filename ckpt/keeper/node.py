@@ -7,7 +7,6 @@ channels and to the coordinator through a link, which on the coordinator's own n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -43,6 +42,7 @@ from ckpt.keeper.ram import RamTier
 from ckpt.layout import owned_by
 from ckpt.manifest import data_name, digest, part_name
 from ckpt.run import RunDirectory
+from ckpt.store import DataWriter
 
 log = logging.getLogger("ckpt.keeper")
 
@@ -50,6 +50,7 @@ T = TypeVar("T")
 
 THREADS_LIMIT = 64
 IO_THREADS = 4  # for all ranks of the node together; two writers reach the limit of one disk
+REQUESTS = 16  # where the store is reached by requests
 OUTCOMES_LIMIT = 64  # outcomes kept for workers that ask again
 
 
@@ -285,15 +286,12 @@ class Node:
                 snapshot.link.tell(_broken(snapshot.attempt, snapshot.rank, error))
 
     async def _store(self, snapshot: Snapshot) -> None:
-        directory = self._run.attempt_path(snapshot.attempt)
-        path = self._run.store.local_path(f"{directory}/{data_name(snapshot.rank)}")
-        assert path is not None
+        store, attempt = self._run.store, snapshot.attempt
         await self._thread(self._run.check_unchanged)
-        await self._thread(self._run.store.make_directory, directory)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # begun by a keeper that was lost
+        path = self._run.attempt_path(attempt, data_name(snapshot.rank))
         began = time.monotonic()
-        digests = await self._take_in(snapshot, path)
+        into = await self._thread(store.write_data, path, snapshot.order.data_bytes)
+        digests = await self._take_in(snapshot, into)
         snapshot.writing_s = time.monotonic() - began
         await snapshot.copied.wait()
         if snapshot.ended:
@@ -302,22 +300,21 @@ class Node:
         part = self._seal(snapshot, digests)
         if before is not None and before != snapshot.sealed:
             raise Corrupt(f"the copy of {snapshot.attempt} in RAM changed after it was sealed: is its memory sound?")
-        await self._thread(self._run.store.put, f"{directory}/{part_name(snapshot.rank)}", part)
-        await self._thread(self._run.store.sync_directory, directory)
+        await self._thread(store.put, self._run.attempt_path(attempt, part_name(snapshot.rank)), part)
         snapshot.stored = True
         snapshot.link.tell(Stored(snapshot.attempt, snapshot.rank))
 
-    async def _take_in(self, snapshot: Snapshot, path: str | None) -> Digests:
+    async def _take_in(self, snapshot: Snapshot, into: DataWriter | None) -> Digests:
         loop = asyncio.get_running_loop()
 
         def freed(runs: int) -> None:
             if snapshot.order.ring:
                 loop.call_soon_threadsafe(self._tell_freed, snapshot, runs)
 
-        threads = max(1, IO_THREADS // snapshot.order.local_world)
+        threads = max(1, (REQUESTS if into is not None and into.in_order else IO_THREADS) // snapshot.order.local_world)
         order, memory, copying = snapshot.order, snapshot.memory, snapshot.copying
         return await self._thread(
-            lambda: take_in(order, memory, copying, path, threads=threads, deadline=snapshot.deadline, freed=freed)
+            lambda: take_in(order, memory, copying, into, threads=threads, deadline=snapshot.deadline, freed=freed)
         )
 
     def _tell_freed(self, snapshot: Snapshot, runs: int) -> None:

@@ -7,19 +7,17 @@ for each snapshot; memory is only mapped, never copied.
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
 import os
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ckpt import direct
-from ckpt.errors import SaveFailed, StorageError
+from ckpt.errors import SaveFailed
 from ckpt.keeper.orders import Order
 from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, Chunk, Part, PartRef, digest, encode_part
+from ckpt.store import DataWriter
 
 Piece = tuple[int, int, int, int]  # slot, first and last byte of its chunk, first byte in the run
 
@@ -151,46 +149,43 @@ def take_in(
     order: Order,
     memory: Memory,
     copying: Copying,
-    path: str | None,
+    into: DataWriter | None,
     *,
     threads: int,
     deadline: float,
     freed: Callable[[int], None] = lambda runs: None,
 ) -> Digests:
-    """Digest every run as it is copied, and write it to a new file at `path` if one is given; fsynced at the end.
+    """Digest every run as it is copied, and write it `into` a data file if one is given; finished at the end.
 
     `freed(n)`: the first n runs are no longer needed in memory; called from any thread. Raises StorageError if the
-    file system refuses, SaveFailed if the copy ends early or `deadline` (monotonic) passes.
+    store refuses, SaveFailed if the copy ends early or `deadline` (monotonic) passes.
     """
     pieces, digests, taken = pieces_of(order), Digests(order), _Prefix(freed)
-    with ExitStack() as stack:
-        fd = -1
+
+    def act(index: int) -> None:
+        copying.wait_for(index, deadline)
         try:
-            if path is not None:
-                fd = direct.create(path, order.data_bytes)
-                stack.callback(os.close, fd)
+            with memory.run(index) as view:
+                for piece in pieces[index]:
+                    digests.take(piece, view)
+                if into is not None:
+                    into.write(order.runs[index][0], view)
+        except BaseException as error:
+            copying.give_up(f"another part of it failed: {error}")  # nobody waits for what is of no use
+            raise
+        taken.done(index)
 
-            def act(index: int) -> None:
-                copying.wait_for(index, deadline)
-                try:
-                    with memory.run(index) as view:
-                        for piece in pieces[index]:
-                            digests.take(piece, view)
-                        if fd >= 0:
-                            direct.write_all(fd, view, order.runs[index][0])
-                except BaseException as error:
-                    copying.give_up(f"another part of it failed: {error}")  # nobody waits for what is of no use
-                    raise
-                taken.done(index)
-
-            _in_threads(range(len(order.runs)), act, threads)
-            if fd >= 0:
-                os.fsync(fd)
-        except OSError as error:
-            raise StorageError(
-                f"write {path}: {error.strerror} ({errno.errorcode.get(error.errno or 0, '?')}). "
-                "This attempt is abandoned; every older step is as it was."
-            ) from error
+    indices: Sequence[int] = range(len(order.runs))
+    if into is not None and into.in_order and not order.ring:
+        indices = sorted(indices, key=lambda index: order.runs[index][0])
+    try:
+        _in_threads(indices, act, threads)
+    except BaseException:
+        if into is not None:
+            into.abandon()
+        raise
+    if into is not None:
+        into.finish()
     return digests
 
 
@@ -212,7 +207,7 @@ class _Prefix:
                 self._tell(self._next)
 
 
-def _in_threads(items: range, act: Callable[[int], None], threads: int) -> None:
+def _in_threads(items: Iterable[int], act: Callable[[int], None], threads: int) -> None:
     """Run `act` for all items, in order of their begin; the first error ends all and is raised."""
     queue: Iterator[int] = iter(items)
     lock, errors = threading.Lock(), list[BaseException]()

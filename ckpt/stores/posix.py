@@ -15,11 +15,21 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
+from ckpt import direct
 from ckpt.errors import CkptError, Corrupt, NotFound, StorageError
-from ckpt.store import AlreadyExists, Capabilities, Names, OutcomeUnknown, check_path, is_component
+from ckpt.store import (
+    AlreadyExists,
+    Capabilities,
+    DataWriter,
+    Names,
+    OutcomeUnknown,
+    Usage,
+    check_path,
+    is_component,
+)
 
 TEMPORARY_PREFIX: Final = ".tmp-"
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -139,6 +149,37 @@ class PosixStore:
         with _reported("sync directory", target):
             _fsync_directory(target)
 
+    def write_data(self, path: str, nbytes: int) -> DataWriter:
+        target, _ = self._target(path)
+        with _reported("write", target, StorageError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)  # begun by somebody who was lost
+            return _DataFile(target, direct.create(target, nbytes))
+
+    def usage(self, directory: str) -> Usage:
+        target = self._directory(directory)
+        with _reported("look into", target):
+            nbytes = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(target))
+            return Usage(nbytes, os.stat(target, follow_symlinks=False).st_mtime)
+
+    def clear(self, directory: str, ours: Callable[[str], bool]) -> Names:
+        target = self._below(directory)
+        if os.path.islink(target):
+            return [os.path.basename(target)]
+        try:
+            with _reported("clear", target):
+                names = os.listdir(target)
+        except NotFound:
+            return []
+        stay = sorted(name for name in names if not ours(name))
+        if not stay:
+            self.delete(directory)
+            return []
+        with _reported("clear", target):
+            for name in sorted(set(names) - set(stay)):  # capitals, and so the MANIFEST, come first
+                os.unlink(os.path.join(target, name))
+        return stay
+
     def local_path(self, path: str) -> str | None:
         return self._directory(path)
 
@@ -204,6 +245,31 @@ class PosixStore:
             with contextlib.suppress(OSError):
                 os.unlink(name)
         return True
+
+
+class _DataFile:
+    """A file that is written past the page cache, in any order."""
+
+    in_order = False
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path, self._fd = path, fd
+
+    def write(self, at: int, memory: memoryview) -> None:
+        with _reported("write", self._path, StorageError):
+            direct.write_all(self._fd, memory, at)
+
+    def finish(self) -> None:
+        with _reported("write", self._path, StorageError):
+            try:
+                os.fsync(self._fd)
+                _fsync_directory(os.path.dirname(self._path))
+            finally:
+                os.close(self._fd)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
 
 
 def _make_ancestors(directory: str) -> None:

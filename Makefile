@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+SERVERS := $(VENV)/servers/.installed
 
-.PHONY: install lint test prove bench demo clean
+.PHONY: install servers lint test prove bench demo clean
 
 install: $(STAMP)
 
@@ -21,10 +22,16 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-test: install
+servers: $(SERVERS)
+
+$(SERVERS): $(STAMP) tests/install_servers.sh
+	bash tests/install_servers.sh $(VENV)/servers
+	touch $(SERVERS)
+
+test: install servers
 	$(BIN)/python -m pytest -q
 
-prove: install
+prove: install servers
 	$(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
 
 bench: $(PEERS)

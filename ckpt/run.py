@@ -7,13 +7,11 @@ answer was lost, read back.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
-from urllib.parse import unquote
 
 import msgspec
 
@@ -36,7 +34,7 @@ from ckpt.records import (
     slot_name,
 )
 from ckpt.store import AlreadyExists, OutcomeUnknown, Store
-from ckpt.stores.posix import PosixStore
+from ckpt.stores import open_store
 
 FORMAT_NAME: Final = "holdfast"
 FORMAT_MAJOR: Final = 1
@@ -49,25 +47,8 @@ STEPS: Final = "steps"
 _TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appended
 _UNKNOWN_LIMIT = 3  # creates of unknown outcome
 _LOOK_S = 0.05
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::.*)?://")
 
 RecordT = TypeVar("RecordT", Start, Commit, Pin, Retire, Request)
-
-
-def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store at a path (made absolute) or a file:// URL. Raises StorageError for any other URL. Touches nothing."""
-    text = os.fspath(url)
-    scheme = _SCHEME.match(text)
-    if scheme is None and text:
-        return PosixStore(os.path.abspath(text))
-    if text.startswith("file:///"):
-        return PosixStore(unquote(text.removeprefix("file://")))
-    if scheme is not None and scheme[1] != "file":
-        raise StorageError(
-            f"cannot open {text!r}: Object stores are not supported yet in this version. Use a directory that every "
-            "node mounts (NFS, Lustre, a local disk on one node)"
-        )
-    raise StorageError(f"cannot open {text!r}: expected a path or file:///absolute/path")
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):

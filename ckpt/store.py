@@ -67,7 +67,10 @@ class DataWriter(Protocol):
     def in_order(self) -> bool: ...
 
     def write(self, at: int, memory: memoryview) -> None:
-        """Write `memory` at byte `at`; from any thread. Each byte once. The memory is not needed afterwards."""
+        """Write `memory` at byte `at`: whole pages, from page-aligned memory, which is not needed afterwards.
+
+        From any thread; each byte once.
+        """
 
     def finish(self) -> None:
         """Return once the file is there, whole and durable."""

@@ -1,136 +1,25 @@
-"""What every store must do (`StoreConformance`), what POSIX does underneath, and the run's directory on top.
-
-A new store passes the suite by a subclass of `StoreConformance` that says how to open it.
-"""
+"""POSIX passes what every store must do, what it does underneath, and the run's directory on top."""
 
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from conformance import ALL, StoreConformance, caught, race
 
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound, StorageError
 from ckpt.log import View, decide_start
 from ckpt.records import Request, Start, encode_record
 from ckpt.run import RunDirectory, RunLog, open_store
-from ckpt.store import AlreadyExists, OutcomeUnknown, Store
+from ckpt.store import OutcomeUnknown, Store
 from ckpt.stores.posix import PosixStore
-
-ALL = 1 << 30
-REFUSED = (
-    "/etc",
-    "a//b",
-    "a/",
-    "../a",
-    "a/..",
-    "a/../b",
-    ".",
-    ".hidden",
-    "A",
-    "a b",
-    "a\n",
-    "a\0",
-    "a\\b",
-    "é",
-    "a" * 200,
-)
-
-
-class StoreConformance:
-    """Give it a fixture `open_again`: each call opens the same, at first empty, store anew."""
-
-    @pytest.fixture
-    def store(self, open_again: Callable[[], Store]) -> Store:
-        return open_again()
-
-    def test_create_is_exclusive_and_makes_parents(self, store: Store, open_again: Callable[[], Store]) -> None:
-        store.create("log/0000000000.json", b"first")
-        with pytest.raises(AlreadyExists, match=r"0000000000\.json.*Nothing was changed"):
-            open_again().create("log/0000000000.json", b"second")
-        assert open_again().read("log/0000000000.json", limit_bytes=ALL) == b"first"
-        assert store.list("log") == ["0000000000.json"]
-
-    @pytest.mark.parametrize("workers", ["processes", "threads"])
-    def test_one_of_32_racing_creators_wins(self, open_again: Callable[[], Store], workers: str) -> None:
-        open_again().make_directory("log")
-
-        def wins(number: int) -> bool:
-            store = open_again()
-            error = _caught(lambda: store.create("log/0000000007.json", _content(number)))
-            assert error is None or isinstance(error, AlreadyExists)
-            return error is None
-
-        results = _race(32, wins, workers)
-        assert sorted(results) == [0] * 31 + [1]
-        assert open_again().read("log/0000000007.json", limit_bytes=ALL) == _content(results.index(1))
-
-    def test_put_replaces_as_a_whole(self, store: Store) -> None:
-        store.put("steps/000000001.a/MANIFEST", b"one, a longer one")
-        store.put("steps/000000001.a/MANIFEST", b"two")
-        assert store.read("steps/000000001.a/MANIFEST", limit_bytes=ALL) == b"two"
-        assert store.size("steps/000000001.a/MANIFEST") == 3
-
-    def test_read_ranges(self, store: Store) -> None:
-        store.put("a", bytes(range(100)))
-        assert store.read("a", 10, 5, limit_bytes=5) == bytes(range(10, 15))
-        assert store.read("a", 90, limit_bytes=10) == bytes(range(90, 100))
-        assert store.read("a", 100, limit_bytes=0) == b""
-        with pytest.raises(Corrupt, match="at most 99"):
-            store.read("a", limit_bytes=99)
-        with pytest.raises(Corrupt, match=r"cut off; 11 bytes.*got 10"):
-            store.read("a", 90, 11, limit_bytes=ALL)
-
-    def test_what_is_missing_is_not_found(self, store: Store) -> None:
-        for operation in (lambda: store.read("a/b", limit_bytes=1), lambda: store.size("a"), lambda: store.list("a")):
-            with pytest.raises(NotFound):
-                operation()
-        assert not store.exists("a/b")
-        store.delete("a/b")
-
-    def test_list_is_sorted_and_complete(self, store: Store) -> None:
-        store.make_directory("steps/empty")
-        for name in ("b", "a", "FORMAT.json"):
-            store.create(name, b"")
-        assert store.list("") == ["FORMAT.json", "a", "b", "steps"]
-        assert store.list("steps/empty") == []
-        assert store.exists("steps/empty")
-
-    def test_delete(self, store: Store) -> None:
-        store.put("steps/x/MANIFEST", b"m")
-        store.put("steps/x/deep/er", b"d")
-        store.put("steps/x.kept", b"k")
-        store.delete("steps/x")
-        store.delete("steps/x.kept.not")
-        assert store.list("steps") == ["x.kept"]
-        store.delete("steps/x.kept")
-        store.put("steps/x/MANIFEST", b"again")
-        assert store.list("steps") == ["x"]
-
-    def test_directories_again(self, store: Store, open_again: Callable[[], Store]) -> None:
-        for each in (store, store, open_again()):
-            each.make_directory("steps/000000001.a")
-            each.sync_directory("steps/000000001.a")
-
-    @pytest.mark.parametrize("path", [*REFUSED, ""])
-    def test_paths_outside_the_grammar_are_refused(self, store: Store, path: str) -> None:
-        reads: list[Callable[..., object]] = [store.list, store.exists, store.make_directory, store.local_path]
-        for write in (store.create, store.put):
-            with pytest.raises(StorageError, match="refused the path"):
-                write(path, b"")
-        for operation in (store.delete, *(reads if path else ())):  # "" is the root: it can be listed
-            with pytest.raises(StorageError, match="refused the path"):
-                operation(path)
-        with pytest.raises(StorageError):
-            store.read(path, limit_bytes=1)
 
 
 class TestPosixStore(StoreConformance):
@@ -228,7 +117,7 @@ def test_a_failure_at_any_call_leaves_all_or_nothing(
         store = PosixStore(str(tmp_path / f"{number}"))
         with monkeypatch.context() as patch:
             fuse = _Fuse(patch, number)
-            error = _caught(lambda each=store: getattr(each, operation)("log/x", b"data"))  # type: ignore[misc]
+            error = caught(lambda each=store: getattr(each, operation)("log/x", b"data"))  # type: ignore[misc]
         if not fuse.blown:
             assert number > 8
             return
@@ -380,7 +269,7 @@ def test_the_loser_of_a_slot_decides_again(tmp_path: Path) -> None:
 
 def test_processes_that_append_at_once_all_stand_once(tmp_path: Path) -> None:
     RunDirectory.open(tmp_path, create=True)
-    slots = _race(12, lambda n: len(RunLog(open_store(tmp_path)).append(lambda _: a_request(f"n{n}")).nonce))
+    slots = race(12, lambda n: len(RunLog(open_store(tmp_path)).append(lambda _: a_request(f"n{n}")).nonce))
     assert -1 not in slots
     nonces = [request.nonce for _, request in RunLog(open_store(tmp_path)).read().requests]
     assert sorted(nonces) == sorted(f"n{n}" for n in range(12))
@@ -416,7 +305,7 @@ def test_open_makes_a_run_once(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=f"no checkpoint at {url}"):
         RunDirectory.open(url)
     assert not (tmp_path / "a").exists()
-    nonces = _race(8, lambda _: int(RunDirectory.open(url, create=True).nonce[:7], 16))
+    nonces = race(8, lambda _: int(RunDirectory.open(url, create=True).nonce[:7], 16))
     assert {int(RunDirectory.open(url).nonce[:7], 16)} == set(nonces)
     run = RunDirectory.open(f"file://{url}")
     run.store.make_directory(run.attempt_path("000000200.a"))
@@ -455,10 +344,15 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert open_store("a/../run").url == str(tmp_path / "run")
     assert open_store("file:///a%20b/run").url == "/a b/run"
-    for url in ("s3://bucket/run", "gs://bucket/run", "memory://run", "simplecache::s3://bucket/run"):
-        with pytest.raises(StorageError, match="Object stores are not supported yet in this version"):
+    assert open_store("s3://bucket/some//").url == "s3://bucket/some"
+    for url in ("s3://bucket/a//b", "s3://bucket/../b"):
+        with pytest.raises(StorageError, match=r"no \. and no \.\."):
             open_store(url)
-    for url in ("", "file://host/run"):
+    with pytest.raises(StorageError, match=r"pip install 'holdfast\[gcs\]'"):
+        open_store("gs://bucket/run")
+    with pytest.raises(StorageError, match="cannot open 'what://bucket/run'"):
+        open_store("what://bucket/run")
+    for url in ("", "file://host/run", "memory://run", "simplecache::s3://bucket/run", "s3://"):
         with pytest.raises(StorageError, match="expected a path"):
             open_store(url)
 
@@ -466,35 +360,5 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Helpers
 
 
-def _caught(operation: Callable[[], object]) -> StorageError | None:
-    try:
-        operation()
-    except StorageError as error:
-        return error
-    return None
-
-
 def _no_links(*_: object, **__: object) -> None:
     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-
-def _content(number: int) -> bytes:
-    return bytes([number]) * 5000
-
-
-def _race(count: int, work: Callable[[int], int], workers: str = "processes") -> list[int]:
-    """Results of `work(0)`, ..., `work(count - 1)`, all let go at the same moment; -1 for one that failed."""
-    context = multiprocessing.get_context("fork")
-    results: Any = context.Array("i", [-1] * count)
-    barrier = context.Barrier(count) if workers == "processes" else threading.Barrier(count)
-
-    def run(number: int) -> None:
-        barrier.wait(60)
-        results[number] = work(number)
-
-    make: Callable[..., Any] = context.Process if workers == "processes" else threading.Thread
-    racers = [make(target=run, args=(number,)) for number in range(count)]
-    for act in ("start", "join"):
-        for racer in racers:
-            getattr(racer, act)()
-    return list(results)

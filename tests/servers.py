@@ -1,0 +1,182 @@
+"""Object-store servers for the tests: real ones, on loopback, installed by `make servers`, each for one session.
+
+ceph     Ceph's RADOS gateway on a monitor and a storage daemon in memory: the reference
+moto     fast, strict about conditions, accepts anything else
+rclone   answers 200 to conditional puts and overwrites: the liar
+azurite  Azure's blobs
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+INSTALLED = Path(sys.prefix) / "servers"
+KEY, SECRET = "holdfast-key", "holdfast-secret"
+DEADLINE_S = 60
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # of every Azurite
+)
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """What a client needs to reach a server of ours."""
+    return {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+    }
+
+
+def installed(*path: str) -> Path:
+    """A program of a server; skips the test where it is not there."""
+    found = INSTALLED.joinpath(*path)
+    if not found.exists():
+        pytest.skip(f"{found.name} is not installed here: run `make servers` (needs PyPI, Debian packages, npm)")
+    return found
+
+
+@contextmanager
+def moto() -> Iterator[str]:
+    program, port = installed("python", "bin", "moto_server"), free_port()
+    with running([str(program), "-H", "127.0.0.1", "-p", str(port)], port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def rclone() -> Iterator[str]:
+    program, port = installed("python", "bin", "rclone"), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "bucket").mkdir()
+        address = f"127.0.0.1:{port}"
+        command = [str(program), "serve", "s3", "--addr", address, "--auth-key", f"{KEY},{SECRET}", folder]
+        with running(command, port):
+            yield f"http://{address}"
+
+
+@contextmanager
+def azurite() -> Iterator[str]:
+    """Yields the connection string."""
+    program, port = installed("npm", "node_modules", ".bin", "azurite-blob"), free_port()
+    command = [str(program), "--inMemoryPersistence", "--skipApiVersionCheck", "--silent", "--blobHost", "127.0.0.1"]
+    with tempfile.TemporaryDirectory() as folder, running([*command, "--blobPort", str(port)], port, cwd=folder):
+        yield (
+            f"DefaultEndpointsProtocol=http;AccountName={AZURE_ACCOUNT};AccountKey={AZURE_KEY};"
+            f"BlobEndpoint=http://127.0.0.1:{port}/{AZURE_ACCOUNT};"
+        )
+
+
+@contextmanager
+def ceph() -> Iterator[str]:
+    root = installed("ceph", "usr", "bin", "radosgw").parents[2]
+    library = root / "usr/lib/x86_64-linux-gnu"
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="holdfast-ceph-"))
+        stack.callback(shutil.rmtree, folder)
+        monitor, gateway, run_id = free_port(), free_port(), str(uuid.uuid4())
+        (folder / "ceph.conf").write_text(_ceph_conf(folder, library, monitor, gateway, run_id))
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "CEPH_CONF": str(folder / "ceph.conf"),
+            "LD_LIBRARY_PATH": f"{library}:{library}/ceph:{root}/lib/x86_64-linux-gnu",
+            "PYTHONPATH": str(root / "usr/lib/python3/dist-packages"),
+        }
+
+        def run(program: str, *arguments: str) -> None:
+            command = [str(root / "usr/bin" / program), *arguments]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+            assert not done.returncode, f"{program}: {done.stderr[-2000:]}"
+
+        def start(program: str, *arguments: str, port: int = 0) -> None:
+            stack.enter_context(running([str(root / "usr/bin" / program), "-f", *arguments], port, environment))
+
+        address = f"[v2:127.0.0.1:{monitor}]"
+        run("monmaptool", "--create", "--addv", "a", address, "--fsid", run_id, str(folder / "monmap"))
+        for name in ("mon", "osd"):
+            (folder / name).mkdir()
+        run("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"))
+        start("ceph-mon", "-i", "a", port=monitor)
+        disk = str(uuid.uuid4())
+        run("ceph", "osd", "new", disk)
+        run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
+        start("ceph-osd", "-i", "0")
+        start("radosgw", "-n", "client.rgw", port=gateway)
+        run("radosgw-admin", "-n", "client.rgw", "user", "create", "--uid=test", "--display-name=test",
+            f"--access-key={KEY}", f"--secret={SECRET}")  # fmt: skip
+        yield f"http://127.0.0.1:{gateway}"
+
+
+def _ceph_conf(folder: Path, library: Path, monitor: int, gateway: int, run_id: str) -> str:
+    return f"""
+[global]
+fsid = {run_id}
+mon host = [v2:127.0.0.1:{monitor}]
+auth cluster required = none
+auth service required = none
+auth client required = none
+ms mon client mode = crc
+mon allow pool size one = true
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 8
+mon max pg per osd = 1000
+osd crush chooseleaf type = 0
+osd objectstore = memstore
+memstore device bytes = 2147483648
+osd class dir = {library}/rados-classes
+plugin dir = {library}/ceph
+erasure code dir = {library}/ceph/erasure-code
+run dir = {folder}
+log file = {folder}/$name.log
+admin socket = {folder}/$name.asok
+mon data = {folder}/mon
+osd data = {folder}/osd
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+[client.rgw]
+rgw frontends = beast endpoint=127.0.0.1:{gateway}
+"""
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int = 0, environment: dict[str, str] | None = None, cwd: str | None = None
+) -> Iterator[None]:
+    """A process for as long as the context lasts; where it has a `port`, entered once that takes connections."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=cwd)
+        try:
+            deadline = time.monotonic() + DEADLINE_S
+            while port and not _listens(port):
+                ended = process.poll() is not None
+                if ended or time.monotonic() > deadline:
+                    output.seek(0)
+                    raise RuntimeError(f"{command[0]} does not answer: {output.read()[-2000:].decode()}")
+                time.sleep(0.02)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -372,8 +372,9 @@ def _check_fencing(run: RunDirectory, strict: bool) -> None:
         return
     if strict:
         raise Incompatible(
-            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart. "
-            "If you promise that one job writes at a time, pass strict_fencing=False."
+            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart "
+            f"(`ckpt doctor {run.url}` shows what was tried). If you promise that one job writes at a time, pass "
+            "strict_fencing=False."
         )
     log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
@@ -45,7 +46,9 @@ LOG: Final = "log"
 STEPS: Final = "steps"
 
 _TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appended
-_UNKNOWN_LIMIT = 3  # creates of unknown outcome
+_UNKNOWN_LIMIT = 12  # creates of unknown outcome, 40 s of waiting in all; what stands there is read after each
+_UNKNOWN_WAIT_S = 8.0
+_READ_AT_ONCE = 16  # slots, where the store is reached by requests
 _LOOK_S = 0.05
 
 RecordT = TypeVar("RecordT", Start, Commit, Pin, Retire, Request)
@@ -157,6 +160,8 @@ class RunLog:
                 return cast(RecordT, standing)
             if len(unknown) == _UNKNOWN_LIMIT:
                 raise unknown[-1]
+            if unknown:
+                self._sleep(min(_LOOK_S * 2 ** len(unknown), _UNKNOWN_WAIT_S))
             record = decide(self._view)
             following = _view_with(self._view, record)
             tried.add(record.nonce)
@@ -190,7 +195,12 @@ class RunLog:
         return mine[0] if mine else None
 
     def _read_new(self) -> list[Entry]:
-        entries = [self._entry(slot) for slot in range(self._view.next_slot, self._end())]
+        slots = range(self._view.next_slot, self._end())
+        if len(slots) > 1 and self._store.local_path(LOG) is None:
+            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+                entries = list(pool.map(self._entry, slots))
+        else:
+            entries = [self._entry(slot) for slot in slots]
         self._view = self._view.extend(entries)
         return entries
 

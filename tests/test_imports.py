@@ -72,7 +72,14 @@ ORDER = [
     "ckpt.checkpointer",
     "ckpt",
     "ckpt.check",
+    "ckpt.doctor",
+    "ckpt.cli.shared",
+    "ckpt.cli.look",
+    "ckpt.cli.verify",
+    "ckpt.cli.change",
+    "ckpt.cli.doctor",
     "ckpt.cli",
+    "ckpt.cli.__main__",
     "elastic",
 ]
 PURE = [

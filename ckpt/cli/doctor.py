@@ -54,9 +54,7 @@ def _print(found: Json) -> None:
     if found["fences"]:
         say(f"\n{found['url']} keeps runs, and keeps two jobs in one run apart.")
     elif found["usable"]:
-        say(
-            f"\n{found['url']} keeps runs, but cannot keep two jobs apart. If you promise that one job writes at a time, "
-            "pass ckpt.Checkpointer(strict_fencing=False)."
-        )
+        promise = "If you promise that one job writes at a time, pass ckpt.Checkpointer(strict_fencing=False)."
+        say(f"\n{found['url']} keeps runs, but cannot keep two jobs apart. {promise}")
     else:
         say(f"\n{found['url']} is no place for a run.")

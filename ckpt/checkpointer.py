@@ -315,7 +315,7 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in restorable(RunDirectory.open(self.url).log.read())]
+        return [commit.step for commit in restorable(RunDirectory.at(self._run.store).log.read())]
 
     # Ending
 

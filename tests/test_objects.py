@@ -15,7 +15,7 @@ import pytest
 import servers
 from conformance import StoreConformance, pages
 from jobs import Pool, run_job
-from keepers import forget, kill_keepers
+from keepers import forget, kill_keepers, until
 from layouts import assert_same_state, build, full_state
 from proxy import ALL, QUICK, faulty
 from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
@@ -292,6 +292,7 @@ def save_through_faults(rank: int, world: int, url: str, environment: dict[str, 
         for step in range(1, 6):
             checkpointer.save(step, state_of(step, world))
         checkpointer.wait_until_finished(100)
+        until("all but the two newest steps are deleted", lambda: checkpointer.all_steps() == [4, 5], 60)
         return checkpointer.all_steps()
 
 

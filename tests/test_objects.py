@@ -219,16 +219,16 @@ def test_what_was_acknowledged_stands_there_once_500_times(moto_server: str, mon
 
 
 def test_a_store_that_stalls_or_trickles_is_asked_again(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "REQUEST_S", 3.0)
-    monkeypatch.setattr(s3, "SILENT_S", 2)
+    monkeypatch.setattr(s3, "REQUEST_S", 6.0)
+    monkeypatch.setattr(s3, "SILENT_S", 4)
     met = through_faults(moto_server, 3, monkeypatch, "stall", "trickle")
     assert met["stall"] + met["trickle"] > 0
 
 
 @pytest.mark.parametrize("fault", ALL)
 def test_a_storm_ends_at_its_deadline(fault: str, moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "REQUEST_S", 1.0)
     url = bucket(monkeypatch, moto_server)
+    monkeypatch.setattr(s3, "REQUEST_S", 1.0)
     with faulty(moto_server, 0, rate=1.0, faults=[fault]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         store = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://")), retry_s=3.0), "run")

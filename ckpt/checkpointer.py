@@ -23,7 +23,7 @@ from ckpt.holder import Holder, find_commit
 from ckpt.interval import Every
 from ckpt.process import OnSigterm, StepBar
 from ckpt.ranks import Ranks, connect
-from ckpt.readers import choose_together, open_on_all, paths, restorable, restore_or_fall_back
+from ckpt.readers import choose_together, open_on_all, paths, restore_or_fall_back
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed
 from ckpt.retention import Keep
@@ -230,7 +230,7 @@ class Checkpointer:
         return b""
 
     def _lineage(self) -> list[Commit]:
-        return restorable(self._holder.view) if self._holder else []
+        return self._holder.view.standing() if self._holder else []
 
     # The loop
 
@@ -315,7 +315,7 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in restorable(RunDirectory.open(self.url).log.read())]
+        return [commit.step for commit in RunDirectory.open(self.url).log.read().standing()]
 
     # Ending
 

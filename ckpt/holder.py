@@ -184,7 +184,7 @@ def _delete_attempt(run: RunDirectory, attempt: str) -> None:
 
 def find_commit(view: View, step: int | None) -> Commit:
     """The commit of `step` in the lineage (None: the head). `NotFound` names what there is."""
-    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+    lineage = view.standing()
     if step is None and lineage:
         return lineage[-1]
     for commit in lineage:

@@ -62,8 +62,12 @@ class View:
         return _Fold(self).apply(entries).view()
 
     def lineage(self) -> tuple[Commit, ...]:
-        """The head and its parents, oldest first. Retired ones are among them: ask `retired`."""
+        """The head and its parents, oldest first, the retired ones too: ask `standing` for what can be restored."""
         return self.lineage_of(self.head.attempt) if self.head else ()
+
+    def standing(self) -> list[Commit]:
+        """The steps that can be restored, oldest first: the lineage but for what was retired."""
+        return self._not_retired(self.lineage())
 
     def lineage_of(self, attempt: str) -> tuple[Commit, ...]:
         """The commit of `attempt` and its parents, oldest first; raises KeyError if it never counted."""
@@ -78,6 +82,13 @@ class View:
         """The commits that counted and are not in the lineage (left behind by going back), in slot order."""
         inside = {commit.attempt for commit in self.lineage()}
         return tuple(commit for attempt, commit in self.commits.items() if attempt not in inside)
+
+    def standing_outside(self) -> list[Commit]:
+        """Those of them that were not retired: going back to one of them is still possible."""
+        return self._not_retired(self.outside())
+
+    def _not_retired(self, commits: Iterable[Commit]) -> list[Commit]:
+        return [commit for commit in commits if commit.attempt not in self.retired]
 
 
 def replay(entries: Iterable[Entry]) -> View:

@@ -70,7 +70,7 @@ class Plan:
 
 def plan_retention(view: View, keep: Keep, present: Iterable[str] = (), in_flight: Collection[str] = ()) -> Plan:
     """What leaves under `keep`. `present`: attempts that have a directory; those `in_flight` are left alone."""
-    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+    lineage = view.standing()
     if not lineage:
         return Plan({}, (), ())
     head = lineage[-1]

@@ -151,12 +151,14 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
 
 
 def apply_retention(
-    run: RunDirectory, keep: Keep, generation: int, holder_nonce: str, in_flight: Collection[str] = ()
+    run: RunDirectory, keep: Keep | None, generation: int, holder_nonce: str, in_flight: Collection[str] = ()
 ) -> None:
-    """In the name of the newest start: record what leaves under `keep`, then delete it.
+    """In the name of the newest start: record what leaves under `keep` and what was asked to be deleted; delete it.
 
     Deletes nothing unless its record is durable; `Fenced` if a newer start has taken over.
     """
+    if keep is None and not run.log.view.asked_to_delete():
+        return
     run.check_unchanged()
     plan = plan_retention(run.log.read(), keep, run.attempts(), in_flight)
     carry_out(run, plan, generation, holder_nonce)

@@ -62,11 +62,20 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="c
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pin"):
-    """Retention never takes `attempt` while `name` points to it. The same name pinned again moves."""
+    """Retention never takes `attempt` while `name` points to it. The same name pinned again moves.
 
-    generation: int
+    It names no generation: anyone may pin, and fences nobody.
+    """
+
     nonce: str
     attempt: str
+    name: str
+
+
+class Unpin(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="unpin"):
+    """`name` points nowhere from now on."""
+
+    nonce: str
     name: str
 
 
@@ -79,7 +88,7 @@ class Retire(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="r
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="request"):
-    """What a command asks of the live holder. It names no generation: anyone may ask."""
+    """What is asked of the holder. It names no generation: anyone may ask. The only verb is `delete` {attempt}."""
 
     nonce: str
     verb: str
@@ -94,9 +103,11 @@ class Unknown:
     nonce: str
 
 
-Record: TypeAlias = Start | Commit | Pin | Retire | Request
+Record: TypeAlias = Start | Commit | Pin | Unpin | Retire | Request
 Entry: TypeAlias = Record | Unknown | None  # what a slot can hold; None is a void slot
-_KINDS: dict[str, type[Record]] = {"start": Start, "commit": Commit, "pin": Pin, "retire": Retire, "request": Request}
+_KINDS: dict[str, type[Record]] = {
+    "start": Start, "commit": Commit, "pin": Pin, "unpin": Unpin, "retire": Retire, "request": Request
+}  # fmt: skip
 
 
 def is_name(text: object) -> bool:

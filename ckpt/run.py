@@ -23,9 +23,11 @@ from ckpt.records import (
     Commit,
     Entry,
     Pin,
+    Record,
     Request,
     Retire,
     Start,
+    Unpin,
     decode_record,
     encode_record,
     is_incomplete,
@@ -51,7 +53,7 @@ _UNKNOWN_WAIT_S = 8.0
 _READ_AT_ONCE = 16  # slots, where the store is reached by requests
 _LOOK_S = 0.05
 
-RecordT = TypeVar("RecordT", Start, Commit, Pin, Retire, Request)
+RecordT = TypeVar("RecordT", Start, Commit, Pin, Unpin, Retire, Request)
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,7 +247,7 @@ def _slot_path(slot: int) -> str:
     return f"{LOG}/{slot_name(slot)}"
 
 
-def _view_with(view: View, record: Start | Commit | Pin | Retire | Request) -> View:
+def _view_with(view: View, record: Record) -> View:
     following = view.after(record)
     if len(following.ignored) > len(view.ignored):
         raise ValueError(f"a record without effect was proposed: {following.ignored[-1].reason}")

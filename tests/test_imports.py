@@ -35,6 +35,7 @@ ORDER = [
     "ckpt.datafile",
     "ckpt.run",
     "ckpt.holder",
+    "ckpt.pins",
     "ckpt.wire",
     "ckpt.keeper",
     "ckpt.keeper.address",

@@ -77,7 +77,7 @@ def test_the_rule(keep: Keep, expected: list[int]) -> None:
 
 
 def test_pins_and_the_step_this_generation_went_on_from_stay() -> None:
-    records = [*line(1, 2, 3), Pin(generation=1, nonce="p", attempt=name(1), name="good"), start(2, base=2)]
+    records = [*line(1, 2, 3), Pin(nonce="p", attempt=name(1), name="good"), start(2, base=2)]
     view = replay([*records, commit(2, 5, 2), commit(2, 6, 5)])
     assert kept(view, Keep()) == [1, 2, 6]  # step 3 was left behind, and passed since
 

@@ -21,6 +21,7 @@ ORDER = [
     "ckpt.codec",
     "ckpt.manifest",
     "ckpt.records",
+    "ckpt.signing",
     "ckpt.log",
     "ckpt.retention",
     "ckpt.plan",

@@ -45,7 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         for name, key in (("unsigned", ""), ("signed", secrets.token_hex(32))):
             saves, loads = measure(Path(directory) / name, state, key, options.rounds)
-            print(f"{name:9} save {statistics.median(saves):.2f} s, restore {statistics.median(loads):.2f} s", flush=True)
+            print(
+                f"{name:9} save {statistics.median(saves):.2f} s, restore {statistics.median(loads):.2f} s", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -188,7 +187,7 @@ class RunLog:
             record = decide(self._view)
             following = _view_with(self._view, record)
             slot = self._view.next_slot
-            data = encode_record(record, partial(self._chain.sign, slot))
+            data = encode_record(record, self._chain.sign)
             tried.add(record.nonce)
             try:
                 self._store.create(_slot_path(slot), data)
@@ -197,7 +196,7 @@ class RunLog:
             except OutcomeUnknown as error:
                 unknown.append(error)
                 continue
-            self._view, self._chain = following, self._chain.after(slot, data)
+            self._view, self._chain = following, self._chain.after(data)
             return record
         raise StorageError(f"append to the log of {self._store.url}: lost the next slot {_TRIES_LIMIT} times in a row")
 
@@ -260,7 +259,7 @@ class RunLog:
         if data is None:
             return None, chain
         try:
-            return decode_record(data), chain.after(slot, data)
+            return decode_record(data), chain.after(data)
         except Corrupt as error:
             raise Corrupt(f"{self._store.url}: {_slot_path(slot)}: {error}") from error
 

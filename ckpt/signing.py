@@ -1,7 +1,7 @@
 """Signatures of a run's records, for a store that somebody else can write to. Owns the key; it is shown nowhere.
 
-A record is signed with HMAC-SHA256 over the run's nonce, its slot, the signature before it, and its own bytes. So what
-stands in a signed log was written by somebody with the key, for this run and this place, after exactly these records.
+A record is signed with HMAC-SHA256 over the run's nonce, the signature before it, and its own bytes. So what stands in
+a signed log was written by somebody with the key, for this run, after exactly these records.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Chain:
     run: str = ""
     last: bytes = b""  # the signature before the next slot
 
-    def sign(self, slot: int, body: bytes) -> bytes | None:
-        """The signature of the record `body` in `slot`, None without a key. `Incompatible` if this log needs one."""
+    def sign(self, body: bytes) -> bytes | None:
+        """The signature of `body` as the next record, None without a key. `Incompatible` if this log needs one."""
         if self.key is not None:
-            return self._signature(self.key, slot, body)
+            return self._signature(self.key, body)
         if self.last:
             raise Incompatible(
                 f"the records of this run are signed and {KEY_VARIABLE} is not set here, so everybody who has the key "
@@ -61,8 +61,8 @@ class Chain:
             )
         return None
 
-    def after(self, slot: int, data: bytes) -> Chain:
-        """The chain once the record `data` was read in `slot`. `Corrupt` unless somebody with the key put it there."""
+    def after(self, data: bytes) -> Chain:
+        """The chain once the record `data` was read next. `Corrupt` unless somebody with the key put it there."""
         body, signature = signature_of(data)
         if self.key is None:
             return replace(self, last=signature)
@@ -71,15 +71,15 @@ class Chain:
                 f"it is not signed, and {KEY_VARIABLE} is set here: the run was begun without a key, or somebody "
                 f"without it wrote this. {_GENUINE}. Without {KEY_VARIABLE} the run is read as it stands, on trust"
             )
-        if not hmac.compare_digest(signature, self._signature(self.key, slot, body)):
+        if not hmac.compare_digest(signature, self._signature(self.key, body)):
             raise Corrupt(
                 "its signature is not the one of this key, this run and this place in the log: it was signed with "
                 f"another key, changed, copied from elsewhere, or a record before it was taken away. {_GENUINE}"
             )
         return replace(self, last=signature)
 
-    def _signature(self, key: bytes, slot: int, body: bytes) -> bytes:
-        place = b"holdfast record\0" + self.run.encode() + b"\0" + slot.to_bytes(8, "little")
+    def _signature(self, key: bytes, body: bytes) -> bytes:
+        place = b"holdfast record\0" + self.run.encode() + b"\0"
         return hmac.digest(key, place + self.last.rjust(32, b"\0") + body, "sha256")
 
 

@@ -287,25 +287,40 @@ def test_the_key_is_written_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture
 # Any log, changed in any way
 
 
-def _signed(count: int, run: str = "run", key: str = KEY) -> list[bytes]:
+def _signed(count: int, run: str = "run", key: str = KEY, other_end: bool = False) -> list[bytes]:
     chain, log = Chain(bytes.fromhex(key), run), list[bytes]()
-    for slot in range(count):
-        body = Pin(nonce=f"n{slot % 2}", attempt="000000001.a", name="x")
-        at = chain
-        log.append(encode_record(body, lambda data, at=at, slot=slot: at.sign(slot, data)))  # type: ignore[misc]
-        chain = chain.after(slot, log[-1])
+    for number in range(count):
+        forked = other_end and number >= 2
+        log.append(encode_record(Pin(nonce=f"n{forked:d}", attempt="000000001.a", name="x"), chain.sign))
+        chain = chain.after(log[-1])
     return log
 
 
-_LOG, _FOREIGN = _signed(6), [*_signed(6, run="other"), *_signed(6, key=OTHER)]
+_LOG = _signed(6)
+_FOREIGN = [*_signed(6, run="other"), *_signed(6, key=OTHER)]
+_OTHER_END = _signed(6, other_end=True)[2:]  # was cut off, and the run went on otherwise
+
+
+def test_another_end_of_the_same_log_is_not_mixed_in() -> None:
+    chain = Chain(bytes.fromhex(KEY), "run").after(_LOG[0]).after(_LOG[1])
+    assert chain.after(_OTHER_END[0]).after(_OTHER_END[1]).last
+    for first, second in ((_LOG[2], _OTHER_END[1]), (_OTHER_END[0], _LOG[3])):
+        with pytest.raises(Corrupt, match="taken away"):
+            chain.after(first).after(second)
+
+
+def test_the_first_record_of_another_run_is_refused() -> None:
+    for foreign in _FOREIGN[0], _FOREIGN[6]:
+        with pytest.raises(Corrupt, match="copied from elsewhere"):
+            Chain(bytes.fromhex(KEY), "run").after(foreign)
 
 
 @given(st.lists(st.sampled_from([*_LOG, *_FOREIGN]), max_size=8))
 def test_only_the_end_of_a_signed_log_can_be_taken_away(log: list[bytes]) -> None:
     chain = Chain(bytes.fromhex(KEY), "run")
     try:
-        for slot, data in enumerate(log):
-            chain = chain.after(slot, data)
+        for data in log:
+            chain = chain.after(data)
     except CkptError:
         assert log != _LOG[: len(log)]
     else:
@@ -316,9 +331,9 @@ def test_only_the_end_of_a_signed_log_can_be_taken_away(log: list[bytes]) -> Non
 def test_no_bit_of_a_signed_record_can_be_changed(slot: int, data: st.DataObject) -> None:
     chain = Chain(bytes.fromhex(KEY), "run")
     for before in range(slot):
-        chain = chain.after(before, _LOG[before])
+        chain = chain.after(_LOG[before])
     damaged = bytearray(_LOG[slot])
     body = len(damaged) - len(b',"digest":"') - 32 - len(b'"}\n')  # behind it stands the digest of every record
     damaged[data.draw(st.integers(0, body - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(Corrupt):
-        chain.after(slot, bytes(damaged))
+        chain.after(bytes(damaged))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +31,7 @@ from ckpt.records import Pin, Record, Retire, Start, decode_record, encode_recor
 from ckpt.run import RunDirectory
 from ckpt.signing import KEY_VARIABLE, Chain, signing_key
 
+ROOT = Path(__file__).parent.parent
 KEY, OTHER = "5e" * 32, "0f" * 32
 
 
@@ -101,6 +104,14 @@ def test_every_digest_on_the_way_to_a_byte_is_a_strong_one(tmp_path: Path) -> No
     assert len(found.manifest_digest) == 64
     assert [len(ref.part_digest) for ref in manifest.parts] == [32]
     assert [chunk.digest_bytes for chunk in part.chunks] == [32] * len(part.chunks)
+
+
+def test_a_reader_of_its_own_reads_a_signed_run(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    line = [sys.executable, str(ROOT / "examples" / "read_format.py"), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "t  torch.float32  [300, 300]  sum 90000" in done.stdout
 
 
 def _save_as_ranks(rank: int, world: int, path: str, key: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 from bisect import bisect_left
@@ -37,6 +38,8 @@ from ckpt.restorer import StepReader
 from ckpt.run import LOG, RunDirectory
 from ckpt.slices import Slice, cover_fault, whole
 from ckpt.store import Store
+
+log = logging.getLogger("ckpt")
 
 FINDINGS_LIMIT = 100
 HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself reads at most
@@ -77,6 +80,24 @@ def check_step(run: RunDirectory, commit: Commit, on_bytes: OnBytes | None = Non
     """
     found = list(islice(_Check(run, commit, on_bytes).findings(), FINDINGS_LIMIT + 1))
     return Report(commit, tuple(found[:FINDINGS_LIMIT]), len(found) <= FINDINGS_LIMIT)
+
+
+def is_whole(run: RunDirectory, commit: Commit, *, thorough: bool) -> bool:
+    """Whether all files of a step are there, in full length, and their metadata is what was committed.
+
+    `thorough`: every byte of the tensors, too. Raises as `check_step` does.
+    """
+    if thorough:
+        return check_step(run, commit).ok
+    try:
+        reader = StepReader(run, commit)
+        for rank in range(reader.manifest.world.size):
+            reader.part(rank)
+            reader.check_size(rank)
+    except Corrupt as error:
+        log.warning("step %d is damaged: %s", commit.step, error)
+        return False
+    return True
 
 
 def check_log(view: View) -> list[Finding]:

@@ -27,6 +27,7 @@ from ckpt.ranks import Ranks, connect
 from ckpt.readers import choose_together, open_on_all, paths, restore_or_fall_back
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed
+from ckpt.resume import RESUME_FROM, asked_back
 from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.saver import Options, Saver, step_number
@@ -37,10 +38,11 @@ log = logging.getLogger("ckpt")
 class Checkpointer:
     """Saves and restores the state of a training run under one address, on all ranks together.
 
-    `url` is a directory that all nodes see. With several ranks, `torch.distributed` must be initialised first;
-    every method is then collective unless it says otherwise. `commit_timeout_s` bounds every wait for other ranks,
-    in a save as between two iterations of `steps`, and how long a save may take to become durable: raise it, like the
-    process group's own, where one rank evaluates for longer than that while the others wait.
+    `url` is a directory that all nodes see, or the URL of a bucket; without one, $CKPT_URL counts (`ckpt resume` sets
+    it). With several ranks, `torch.distributed` must be initialised first; every method is then collective unless it
+    says otherwise. `commit_timeout_s` bounds every wait for other ranks, in a save as between two iterations of
+    `steps`, and how long a save may take to become durable: raise it, like the process group's own, where one rank
+    evaluates for longer than that while the others wait.
 
     `overlap`: what belongs to a `torch.optim.Optimizer` in the state is copied while training goes on, and the next
     `step()` of that optimizer waits for it. Whoever changes such tensors otherwise calls `handle.wait_copied()` first,
@@ -63,7 +65,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | None = None,
         *,
         every: Every | None = None,
         keep: Keep | None = None,
@@ -80,6 +82,9 @@ class Checkpointer:
             raise ValueError(f'busy is "wait" or "skip", not {busy!r:.100}')
         if keep is not None and not isinstance(keep, Keep):
             raise ValueError(f"keep is a ckpt.Keep, as ckpt.Keep(last=3, every=1000), not {keep!r:.100}")
+        place = url if url is not None else os.environ.get("CKPT_URL")
+        if not place:
+            raise Incompatible("no address: pass one to ckpt.Checkpointer(url), or set CKPT_URL")
         self._every = every or Every(steps=1000)
         self._interval = self._every.interval()
         self._ranks: Ranks = connect(commit_timeout_s)
@@ -87,13 +92,13 @@ class Checkpointer:
         job = _run_id(run_id)
 
         def open_first() -> RunDirectory:
-            run = RunDirectory.open(url, create=True)
+            run = RunDirectory.open(place, create=True)
             _check_fencing(run, strict_fencing)
             self._holder = Holder(run, run_id=job, takeover=takeover)
             return run
 
         try:
-            self._run = open_on_all(self._ranks, url, open_first)
+            self._run = open_on_all(self._ranks, place, open_first)
         except BaseException:
             self._ranks.close()
             raise
@@ -212,12 +217,17 @@ class Checkpointer:
         """On rank 0: take the run, adopt what was left complete, and choose."""
         assert self._holder is not None
         holder = self._holder
+        back = None
         if holder.start is None:
-            holder.take("restore")
             if step is None:
+                back = asked_back(holder.run.log.read(), os.environ.get(RESUME_FROM))
+            holder.take("restore")
+            if step is None and back is None:
                 holder.adopt()
         else:
             holder.run.log.read()
+        if back is not None:
+            return back
         if step is None and not holder.view.lineage():
             return None
         return find_commit(holder.view, step)
@@ -316,7 +326,7 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in RunDirectory.open(self.url).log.read().standing()]
+        return [commit.step for commit in RunDirectory.at(self._run.store).log.read().standing()]
 
     # What stays
 

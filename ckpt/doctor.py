@@ -6,6 +6,7 @@ what was seen, and what follows for a run.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import secrets
 import threading
@@ -17,6 +18,8 @@ from typing import Final
 
 from ckpt.errors import CkptError, NotFound, StorageError
 from ckpt.store import AlreadyExists, OutcomeUnknown, Store
+
+log = logging.getLogger("ckpt")
 
 RACERS: Final = 32
 FENCING: Final = frozenset({"create", "race", "whole"})
@@ -51,29 +54,32 @@ class Diagnosis:
         return self.usable and all(trial.ok for trial in self.trials)
 
 
-def examine(open_again: Callable[[], Store], racers: int = RACERS) -> Diagnosis:
-    """Try what the protocol needs at the store that each call of `open_again` opens anew.
+def examine(store: Store, racers: int = RACERS) -> Diagnosis:
+    """Try what the protocol needs of `store`.
 
     Raises StorageError where the store cannot be reached at all.
     """
-    store, folder = open_again(), f"doctor-{secrets.token_hex(8)}"
+    folder = f"doctor-{secrets.token_hex(8)}"
     try:
         store.put(f"{folder}/reach", b"")
     except CkptError as error:
         raise StorageError(f"{store.url} cannot be written to: {error}") from error
     try:
-        return Diagnosis(store.url, tuple(_trials(store, open_again, folder, racers)))
+        return Diagnosis(store.url, tuple(_trials(store, folder, racers)))
     finally:
-        store.delete(folder)
+        try:
+            store.delete(folder)
+        except CkptError as error:
+            log.warning("%s/%s could not be removed, please do: %s", store.url, folder, error)
 
 
-def _trials(store: Store, open_again: Callable[[], Store], folder: str, racers: int) -> Iterator[Trial]:
+def _trials(store: Store, folder: str, racers: int) -> Iterator[Trial]:
     yield _tried("put", "what was put is read back, as a whole and in ranges", lambda: _put(store, folder))
-    yield _tried("list", "what was created is listed at once", lambda: _list(store, open_again, folder))
+    yield _tried("list", "what was created is listed at once", lambda: _list(store, folder))
     yield _tried("data", "a file of 40 MiB goes up in parts", lambda: _data(store, folder))
     yield _tried("delete", "what was deleted is gone at once", lambda: _delete(store, folder))
     yield _tried("create", "a second create of one name is refused", lambda: _create(store, folder))
-    yield _tried("race", f"of {racers} creates at once one wins", lambda: _race(open_again, folder, racers))
+    yield _tried("race", f"of {racers} creates at once one wins", lambda: _race(store, folder, racers))
     yield _tried("whole", "what is created appears whole or not at all", lambda: _whole(store))
 
 
@@ -98,10 +104,10 @@ def _put(store: Store, folder: str) -> str:
     return "" if store.size(f"{folder}/put") == len(second) else "its size is not that of what was put"
 
 
-def _list(store: Store, open_again: Callable[[], Store], folder: str) -> str:
+def _list(store: Store, folder: str) -> str:
     for number in range(3):
         store.create(f"{folder}/list/{number}", b"")
-        if (seen := open_again().list(f"{folder}/list")) != [str(each) for each in range(number + 1)]:
+        if (seen := store.list(f"{folder}/list")) != [str(each) for each in range(number + 1)]:
             return f"after {number + 1} creates the list is {seen}: a log could not be read to its end"
     return ""
 
@@ -142,11 +148,10 @@ def _create(store: Store, folder: str) -> str:
     return "" if held == b"first" else "the second create was refused, and replaced the first all the same"
 
 
-def _race(open_again: Callable[[], Store], folder: str, racers: int) -> str:
+def _race(store: Store, folder: str, racers: int) -> str:
     ready = threading.Barrier(racers)
 
     def wins(number: int) -> bool:
-        store = open_again()
         store.exists(f"{folder}/race")  # connected before the start
         ready.wait(60)
         try:
@@ -157,7 +162,7 @@ def _race(open_again: Callable[[], Store], folder: str, racers: int) -> str:
 
     with ThreadPoolExecutor(racers) as pool:
         winners = [number for number, won in enumerate(pool.map(wins, range(racers))) if won]
-    held = open_again().read(f"{folder}/race", limit_bytes=100).decode()
+    held = store.read(f"{folder}/race", limit_bytes=100).decode()
     if len(winners) > 1:
         return f"{len(winners)} of {racers} were told that they had created it: two jobs could both take the run"
     return (

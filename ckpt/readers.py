@@ -21,6 +21,8 @@ from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
 from ckpt.run import RunDirectory
+from ckpt.store import Store
+from ckpt.stores import open_store
 
 log = logging.getLogger("ckpt")
 
@@ -67,8 +69,9 @@ def follow(
     """
     seen: str | None = None
     deadline = time.monotonic() + timeout_s
+    store = open_store(url)
     while True:
-        head = _head(url)
+        head = _head(store)
         if head is not None and head.attempt != seen and (after is None or head.step > after):
             seen = head.attempt
             yield head
@@ -79,9 +82,9 @@ def follow(
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.0)))
 
 
-def _head(url: str | os.PathLike[str]) -> Commit | None:
+def _head(store: Store) -> Commit | None:
     try:
-        found = RunDirectory.open(url).log.read().standing()
+        found = RunDirectory.at(store).log.read().standing()
     except NotFound:
         return None
     return found[-1] if found else None

@@ -322,11 +322,15 @@ def _missing_format(store: Store, create: bool) -> Format:
     if not create:
         raise NotFound(f"no checkpoint at {store.url}: it holds no {FORMAT_PATH}. Is the path right?")
     proposed = Format(name=FORMAT_NAME, major=FORMAT_MAJOR, minor=FORMAT_MINOR, nonce=secrets.token_hex(8))
-    try:
-        store.create(FORMAT_PATH, msgspec.json.encode(proposed) + b"\n")
-    except AlreadyExists:
-        store.sync_directory("")
-    found = _read_format(store)
-    if found is None:
-        raise StorageError(f"{store.url}: {FORMAT_PATH} was created and is not there")
-    return found
+    for waited_s in (0.2, 1.0, 5.0, None):
+        try:
+            store.create(FORMAT_PATH, msgspec.json.encode(proposed) + b"\n")
+        except AlreadyExists:
+            store.sync_directory("")
+        except OutcomeUnknown:
+            if waited_s is None:
+                raise
+            time.sleep(waited_s)
+        if found := _read_format(store):
+            return found
+    raise StorageError(f"{store.url}: {FORMAT_PATH} was created and is not there")

@@ -35,7 +35,23 @@ from ckpt.records import Unknown, decode_record, encode_record, seal
 
 ROOM_BYTES = 64 << 20  # of address space for a decoder, beyond what is there
 
-NUMBERS = [0, 1, -1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, -(2**63), 2**64 - 1, 0.5, float("inf"), float("nan"), 1e300]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2**31,
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    -64,
+    -(2**63),
+    2**64 - 1,
+    0.5,
+    float("inf"),
+    float("nan"),
+    1e300,
+]
 TEXTS = [
     "",
     "/",
@@ -81,7 +97,8 @@ def changed(data: st.DataObject, tree: Any, values: st.SearchStrategy[Any] = MSG
             at = at[key]
         kind = data.draw(st.sampled_from(["replace", "replace", "remove", "repeat"]))
         if kind == "replace":
-            at[path[-1]] = data.draw(values)
+            likely = NUMBERS if isinstance(at[path[-1]], int) and data.draw(st.booleans()) else None
+            at[path[-1]] = data.draw(st.sampled_from(likely) if likely else values)
         elif kind == "remove":
             del at[path[-1]]
         elif isinstance(at, list):

@@ -498,3 +498,24 @@ def test_words() -> None:
     assert plain("a\x1b[31mb\n") == "a\\x1b[31mb\\x0a"
     assert short({"a": torch.ones(2, 3), "b": "x" * 500}).startswith("{'a': tensor(float32, [2, 3]), 'b': 'xxx")
     assert len(short(list(range(10**6)))) <= 200
+
+
+# doctor
+
+
+def test_doctor_of_a_directory(tmp_path: Path) -> None:
+    done = _ckpt("doctor", tmp_path / "run", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["usable"]
+    assert found["fences"]
+    assert {trial["name"] for trial in found["trials"]} == {"put", "list", "data", "delete", "create", "race", "whole"}
+    assert "keeps two jobs in one run apart" in _ckpt("doctor", tmp_path / "run").stdout
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_doctor_of_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = _ckpt("doctor", tmp_path / "file")
+    assert done.returncode == 1
+    assert "cannot be written to" in done.stderr

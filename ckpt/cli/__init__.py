@@ -15,6 +15,7 @@ import click
 from ckpt.cli.change import delete_step, gc, pin_step, unpin_step
 from ckpt.cli.doctor import doctor
 from ckpt.cli.look import list_steps, show
+from ckpt.cli.resume import resume
 from ckpt.cli.shared import plain
 from ckpt.cli.verify import check
 from ckpt.errors import CkptError
@@ -23,7 +24,7 @@ from ckpt.errors import CkptError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="holdfast")
 def cli() -> None:
-    """Look at the checkpoints of a training run.
+    """Look at the checkpoints of a training run, and start it again.
 
     URL is the place of the run, as given to ckpt.Checkpointer; where it is left out, $CKPT_URL counts. All commands
     but gc --takeover and delete --takeover are safe beside a job that trains. Errors go to stderr, with --json too.
@@ -33,6 +34,7 @@ def cli() -> None:
       ckpt ls /data/run                    which steps are there
       ckpt show /data/run --step 2000      what step 2000 holds, and who wrote it
       ckpt check /data/run --all           is every byte still what was saved
+      ckpt resume /data/run -- python train.py   go on, and again when it fails
       ckpt gc /data/run --last 3 --dry-run what would be deleted
       ckpt pin /data/run 2000 --name best  never delete step 2000
       ckpt doctor s3://bucket/run          can a run be kept there
@@ -45,7 +47,7 @@ def cli() -> None:
     """
 
 
-for command in (list_steps, show, check, gc, pin_step, unpin_step, delete_step, doctor):
+for command in (list_steps, show, check, resume, gc, pin_step, unpin_step, delete_step, doctor):
     cli.add_command(command)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import click
 
@@ -33,7 +32,7 @@ def doctor(url: str, as_json: bool) -> None:
        "trials": [{"name": str, "what": str, "ok": bool, "seen": str,
                    "seconds": float}, ...]}
     """
-    found = examine(partial(open_store, url))
+    found = examine(open_store(url))
     output(_json(found), as_json, _print)
     if not found.fences:
         sys.exit(1)

@@ -187,11 +187,13 @@ def requests_and_data(store: Store, direct: Store, fail: Callable[[bool], None])
     assert direct.list("") == ["FORMAT.json", "log"]
 
 
-def through_faults(server: str, seed: int, monkeypatch: pytest.MonkeyPatch, *faults: str) -> dict[str, int]:
+def through_faults(
+    server: str, seed: int, monkeypatch: pytest.MonkeyPatch, *faults: str, rate: float = 0.25
+) -> dict[str, int]:
     url = bucket(monkeypatch, server)
     direct = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://"))), "run")
     monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
-    with faulty(server, seed, rate=0.25, faults=faults) as proxy:
+    with faulty(server, seed, rate, faults) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         store = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://"))), "run")
 
@@ -219,16 +221,16 @@ def test_what_was_acknowledged_stands_there_once_500_times(moto_server: str, mon
 
 
 def test_a_store_that_stalls_or_trickles_is_asked_again(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "REQUEST_S", 3.0)
-    monkeypatch.setattr(s3, "SILENT_S", 2)
-    met = through_faults(moto_server, 3, monkeypatch, "stall", "trickle")
+    monkeypatch.setattr(s3, "REQUEST_S", 6.0)
+    monkeypatch.setattr(s3, "SILENT_S", 4)
+    met = through_faults(moto_server, 3, monkeypatch, "stall", "trickle", rate=0.08)
     assert met["stall"] + met["trickle"] > 0
 
 
 @pytest.mark.parametrize("fault", ALL)
 def test_a_storm_ends_at_its_deadline(fault: str, moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "REQUEST_S", 1.0)
     url = bucket(monkeypatch, moto_server)
+    monkeypatch.setattr(s3, "REQUEST_S", 1.0)
     with faulty(moto_server, 0, rate=1.0, faults=[fault]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         store = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://")), retry_s=3.0), "run")

@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from ckpt.cli.change import delete_step, gc, pin_step, unpin_step
+from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.look import list_steps, show
 from ckpt.cli.resume import resume
@@ -34,6 +35,7 @@ def cli() -> None:
       ckpt ls /data/run                    which steps are there
       ckpt show /data/run --step 2000      what step 2000 holds, and who wrote it
       ckpt check /data/run --all           is every byte still what was saved
+      ckpt diff /data/run@1000 /data/run   what changed since step 1000
       ckpt resume /data/run -- python train.py   go on, and again when it fails
       ckpt gc /data/run --last 3 --dry-run what would be deleted
       ckpt pin /data/run 2000 --name best  never delete step 2000
@@ -47,7 +49,7 @@ def cli() -> None:
     """
 
 
-for command in (list_steps, show, check, resume, gc, pin_step, unpin_step, delete_step, doctor):
+for command in (list_steps, show, check, diff, resume, gc, pin_step, unpin_step, delete_step, doctor):
     cli.add_command(command)
 
 

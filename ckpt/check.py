@@ -30,7 +30,7 @@ from ckpt.datafile import DataFile, open_data
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
 from ckpt.layout import OWNERSHIP, World, owned_by
 from ckpt.log import View
-from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, digest, part_name
+from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, matches, part_name
 from ckpt.plan import RUN_BYTES, SAFETENSORS_DTYPE, Segment, entry_name
 from ckpt.reading import verify_chunks
 from ckpt.records import Commit, Unknown, slot_name
@@ -204,7 +204,7 @@ class _Check:
         data = self._run.store.read(self._file(name), limit_bytes=PART_LIMIT_BYTES)
         if len(data) != nbytes:
             raise Corrupt(f"has {len(data)} bytes, the {named_by} says {nbytes}")
-        if digest(data) != expected:
+        if not matches(data, expected):
             raise Corrupt(f"its bytes do not match the digest in the {named_by}")
         return data
 

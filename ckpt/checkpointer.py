@@ -21,9 +21,10 @@ from ckpt.figures import Reporter
 from ckpt.handle import SaveHandle
 from ckpt.holder import Holder, find_commit
 from ckpt.interval import Every
+from ckpt.pins import ask_to_delete, checked_name, pin, unpin
 from ckpt.process import OnSigterm, StepBar
 from ckpt.ranks import Ranks, connect
-from ckpt.readers import choose_together, open_on_all, paths, restorable, restore_or_fall_back
+from ckpt.readers import choose_together, open_on_all, paths, restore_or_fall_back
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed
 from ckpt.resume import RESUME_FROM, asked_back
@@ -240,7 +241,7 @@ class Checkpointer:
         return b""
 
     def _lineage(self) -> list[Commit]:
-        return restorable(self._holder.view) if self._holder else []
+        return self._holder.view.standing() if self._holder else []
 
     # The loop
 
@@ -325,7 +326,42 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in restorable(RunDirectory.at(self._run.store).log.read())]
+        return [commit.step for commit in RunDirectory.at(self._run.store).log.read().standing()]
+
+    # What stays
+
+    def pin(self, step: int, name: str | None = None) -> None:
+        """Never delete `step`, whatever `keep` says, until `unpin`. Collective.
+
+        `name` (default `step-<N>`) is of `[a-z0-9._-]`; pinned again, it moves. `NotFound` if there is no such step.
+        """
+        self._check_open()
+        require_equal(self._ranks, "pin", (step, name))
+        self._on_log(lambda: pin(self._run, step_number(step), checked_name(name)))
+
+    def unpin(self, name: str) -> None:
+        """Let go of a pin; `keep` counts again for its step. Collective. `NotFound` if there is none of this name."""
+        self._check_open()
+        require_equal(self._ranks, "unpin", name)
+        self._on_log(lambda: unpin(self._run, name))
+
+    def delete(self, step: int) -> None:
+        """Have `step` deleted once a newer one has become durable. Collective.
+
+        `Incompatible` for the newest step, a pinned one, and the one that this job went on from.
+        """
+        self._check_open()
+        require_equal(self._ranks, "delete", step)
+        self._on_log(lambda: ask_to_delete(self._run, find_commit(self._run.log.read(), step_number(step))))
+
+    def _on_log(self, act: Callable[[], object]) -> None:
+        """On rank 0, for all: they return or raise alike."""
+
+        def acted() -> bytes:
+            act()
+            return b""
+
+        on_first(self._ranks, acted)
 
     # Ending
 

@@ -17,7 +17,6 @@ from ckpt.agreement import on_first, require_equal, together
 from ckpt.errors import Corrupt, DeadlineExceeded, Incompatible, NotFound
 from ckpt.holder import find_commit
 from ckpt.keeper.ram import RamTier
-from ckpt.log import View
 from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
@@ -53,7 +52,7 @@ def restore(
         chosen = choose_together(ranks, lambda: find_commit(run.log.read(), step), run, True)
         assert chosen is not None
         done = restore_or_fall_back(
-            ranks, run, chosen, state, relaxed, fallback, lambda: restorable(run.log.view), chosen=step is not None
+            ranks, run, chosen, state, relaxed, fallback, lambda: run.log.view.standing(), chosen=step is not None
         )
         return done.step
     finally:
@@ -85,15 +84,10 @@ def follow(
 
 def _head(store: Store) -> Commit | None:
     try:
-        found = restorable(RunDirectory.at(store).log.read())
+        found = RunDirectory.at(store).log.read().standing()
     except NotFound:
         return None
     return found[-1] if found else None
-
-
-def restorable(view: View) -> list[Commit]:
-    """The lineage, oldest first, but for what retention has deleted."""
-    return [commit for commit in view.lineage() if commit.attempt not in view.retired]
 
 
 def choose_together(

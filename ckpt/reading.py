@@ -27,7 +27,7 @@ from ckpt.adapt.values import dtype_from_name
 from ckpt.buffers import each, narrow, typed
 from ckpt.datafile import STEP_BYTES, DataFile
 from ckpt.errors import Corrupt, Incompatible, StorageError
-from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, digest
+from ckpt.manifest import BLOCK_BYTES, digest, matches
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Copy, Fetch, LoadPlan, Segment, copy_boxes
 from ckpt.sharding import ITEMSIZE
 from ckpt.slices import Slice, flat_span
@@ -246,10 +246,10 @@ def _through_buffer(file: DataFile, turn: _Turn, buffer: torch.Tensor, tensors: 
 
 def _verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:
     """`memory` holds the chunk's raw bytes from `first`, on a block border, on."""
-    digests, chunk = segment.chunk.digests, segment.chunk
+    chunk, nbytes = segment.chunk, segment.chunk.digest_bytes
     for start in range(0, len(memory), BLOCK_BYTES):
         block = (first + start) // BLOCK_BYTES
-        if digest(memory[start : start + BLOCK_BYTES]) != digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
+        if not matches(memory[start : start + BLOCK_BYTES], chunk.digests[block * nbytes : (block + 1) * nbytes]):
             raise Corrupt(
                 f"{path}: tensor {chunk.key} at {list(chunk.offset)} is damaged: block {block}, file bytes "
                 f"{chunk.at + block * BLOCK_BYTES} and on, does not match its digest"

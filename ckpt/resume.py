@@ -67,7 +67,7 @@ def choose(
     `attempts` are all that have a directory. Where the step is not `is_whole`, the newest older one that is, if
     `allow_older`; else Corrupt. NotFound where a step is asked for that is not there.
     """
-    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+    lineage = view.standing()
     newest = max((key[0] for key in map(parse_attempt, attempts) if key is not None), default=None)
     wanted = [c for c in lineage if (step is None or c.step == step) and (before is None or c.step < before)]
     if not wanted:

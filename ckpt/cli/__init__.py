@@ -1,4 +1,4 @@
-"""The command `ckpt`: look at a run's directory from a shell. Only `gc` writes to a run.
+"""The command `ckpt`: look at a run's directory from a shell. Only the commands in `change` write to a run.
 
 Owns what is printed. Data goes to stdout, as tables or with --json as one JSON document; progress, warnings and
 errors go to stderr, and the exit code says how it ended (`ckpt --help` lists them). At a terminal, tables fit its
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from ckpt.cli.change import gc
+from ckpt.cli.change import delete_step, gc, pin_step, unpin_step
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.look import list_steps, show
@@ -27,8 +27,8 @@ from ckpt.errors import CkptError
 def cli() -> None:
     """Look at the checkpoints of a training run, and start it again.
 
-    URL is the place of the run, as given to ckpt.Checkpointer; where it is left out, $CKPT_URL counts. Nothing but gc
-    ever writes to a run, so all else is safe beside one that trains. Errors go to stderr, with --json too.
+    URL is the place of the run, as given to ckpt.Checkpointer; where it is left out, $CKPT_URL counts. All commands
+    but gc --takeover and delete --takeover are safe beside a job that trains. Errors go to stderr, with --json too.
 
     \b
     Examples:
@@ -38,6 +38,7 @@ def cli() -> None:
       ckpt diff /data/run@1000 /data/run   what changed since step 1000
       ckpt resume /data/run -- python train.py   go on, and again when it fails
       ckpt gc /data/run --last 3 --dry-run what would be deleted
+      ckpt pin /data/run 2000 --name best  never delete step 2000
       ckpt doctor s3://bucket/run          can a run be kept there
       ckpt ls /data/run --json | jq '.steps[-1].step'
 
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for command in (list_steps, show, check, diff, resume, gc, doctor):
+for command in (list_steps, show, check, diff, resume, gc, pin_step, unpin_step, delete_step, doctor):
     cli.add_command(command)
 
 

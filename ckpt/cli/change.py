@@ -1,4 +1,4 @@
-"""The commands that write to a run: `gc`."""
+"""The commands that write to a run: `gc`, `pin`, `unpin`, `delete`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ckpt.cli.shared import (
     Json,
     columns,
     count,
+    find,
     json_option,
     open_run,
     output,
@@ -21,8 +22,15 @@ from ckpt.cli.shared import (
 from ckpt.errors import Fenced
 from ckpt.holder import Holder, carry_out, is_gone
 from ckpt.log import View
-from ckpt.retention import Best, Keep, Plan, plan_retention
+from ckpt.pins import ask_to_delete, checked_name, pin, unpin
+from ckpt.records import Start
+from ckpt.retention import Best, Keep, Plan, decide_delete, plan_retention
 from ckpt.run import RunDirectory
+
+takeover_option = click.option(
+    "--takeover", is_flag=True, help="Also if a job holds the run that may still live: it is fenced out."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 
 
 @click.command()
@@ -32,8 +40,8 @@ from ckpt.run import RunDirectory
 @click.option("--best", metavar="METRIC", help="Keep the best steps by this metric.")
 @click.option("--mode", type=click.Choice(["min", "max"]), default="min", show_default=True, help="What is best.")
 @click.option("--best-count", type=click.IntRange(1), default=1, show_default=True, help="How many of the best.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-@click.option("--takeover", is_flag=True, help="Also if a job holds the run that may still live: it is fenced out.")
+@dry_run_option
+@takeover_option
 @json_option
 def gc(
     url: str,
@@ -46,18 +54,18 @@ def gc(
     takeover: bool,
     as_json: bool,
 ) -> None:
-    """Delete the steps that a rule does not keep.
+    """Delete the steps that a rule does not keep, and those asked for by `ckpt delete`.
 
     For a run that no job holds: a job that trains deletes by itself, with ckpt.Checkpointer(keep=...). What leaves is
     recorded in the log first. The newest step, pinned ones and the one that the last job went on from always stay;
     attempts that were never committed, and that the run has passed, leave. Exits 11 if a job holds the run.
 
-    
+    \b
     Examples:
       ckpt gc /data/run --last 3 --every 10000 --dry-run
       ckpt gc /data/run --last 1 --best val_loss
 
-    
+    \b
     --json prints
       {"url": str, "dry_run": bool, "freed": int, in bytes
        "kept": [{"step": int, "attempt": str, "why": str}, ...],
@@ -80,10 +88,15 @@ def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool) -> Non
             "may still run. Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass "
             "--takeover"
         )
+    start = _take(run, takeover)
+    carry_out(run, plan, start.generation, start.nonce)
+
+
+def _take(run: RunDirectory, takeover: bool) -> Start:
     taken = Holder(run, run_id=None, takeover=takeover)
     start = taken.take("gc")
     taken.adopt()  # what the job before left complete: the next one could not any more
-    carry_out(run, plan, start.generation, start.nonce)
+    return start
 
 
 def _plan_json(run: RunDirectory, view: View, plan: Plan, dry_run: bool) -> Json:
@@ -110,3 +123,107 @@ def _print_plan(found: Json) -> None:
     say(table)
     verb = "would be deleted" if found["dry_run"] else "deleted"
     say(f"\n{count(len(leaving), 'attempt')} {verb}, {size(found['freed'])}")
+
+
+# One step at a time
+
+
+def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    try:
+        return checked_name(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command("pin")
+@url_argument
+@click.argument("step", type=click.IntRange(min=0))
+@click.option("--name", callback=_name, metavar="NAME", help="Its name; else step-<N>. Pinned again, a name moves.")
+@json_option
+def pin_step(url: str, step: int, name: str | None, as_json: bool) -> None:
+    """Keep a step, whatever the rule of the job is.
+
+    Counts when this returns, also for a job that trains at the moment, which is not disturbed. `ckpt ls` shows pins,
+    `ckpt unpin` lets go of one. Exits 10 if there is no such step (any more).
+
+    \b
+    Examples:
+      ckpt pin /data/run 12000 --name paper
+      ckpt unpin /data/run paper
+
+    \b
+    --json prints
+      {"url": str, "step": int, "attempt": str, "name": str}
+    """
+    run, view = open_run(url)
+    find(run, view, step)
+    made = pin(run, step, name)
+    output({"url": run.url, "step": step, "attempt": made.attempt, "name": made.name}, as_json, _print_pin)
+
+
+def _print_pin(found: Json) -> None:
+    say(f"step {found['step']} of {plain(found['url'])} is pinned as {found['name']}")
+
+
+@click.command("unpin")
+@url_argument
+@click.argument("name")
+@json_option
+def unpin_step(url: str, name: str, as_json: bool) -> None:
+    """Let go of a pin, by its name: rules count again for its step.
+
+    \b
+    Example:
+      ckpt unpin /data/run paper
+
+    \b
+    --json prints
+      {"url": str, "name": str}
+    """
+    run, _ = open_run(url)
+    unpin(run, name)
+    output({"url": run.url, "name": name}, as_json, lambda found: say(f"{found['name']} pins nothing any more"))
+
+
+@click.command("delete")
+@url_argument
+@click.argument("step", type=click.IntRange(min=0))
+@dry_run_option
+@takeover_option
+@json_option
+def delete_step(url: str, step: int, dry_run: bool, takeover: bool, as_json: bool) -> None:
+    """Delete one step.
+
+    Where a job holds the run it is asked to, and does so after its next save; otherwise it is done at once. The newest
+    step, pinned ones and the one that the last job went on from stay (exit 13). A job on another machine counts as one
+    that holds the run, until another one has started: --takeover if you know that it has ended.
+
+    \b
+    Examples:
+      ckpt delete /data/run 12000 --dry-run
+      ckpt delete /data/run 12000
+
+    \b
+    --json prints
+      {"url": str, "dry_run": bool, "step": int, "attempt": str,
+       "nbytes": int, "done": bool}   false: a job will do it
+    """
+    run, view = open_run(url)
+    commit = find(run, view, step)
+    done = view.holder is None or takeover or is_gone(view.holder)
+    if dry_run:
+        decide_delete(view, nonce="dry-run", attempt=commit.attempt)
+    else:
+        ask_to_delete(run, commit)
+        if done:
+            start = _take(run, takeover)
+            carry_out(run, plan_retention(run.log.view, None), start.generation, start.nonce)
+    about = {"step": step, "attempt": commit.attempt, "nbytes": commit.nbytes}
+    output({"url": run.url, "dry_run": dry_run, **about, "done": done}, as_json, _print_deleted)
+
+
+def _print_deleted(found: Json) -> None:
+    what = f"step {found['step']} of {plain(found['url'])}, {size(found['nbytes'])},"
+    when = "" if found["done"] else " after its next save by the job that holds the run"
+    would = "would be" if found["dry_run"] else "is" if found["done"] else "will be"
+    say(f"{what} {would} deleted{when}")

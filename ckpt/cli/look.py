@@ -73,8 +73,7 @@ def list_steps(url: str, as_json: bool) -> None:
 
 
 def _listing(run: RunDirectory, view: View) -> Json:
-    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
-    outside = [commit for commit in view.outside() if commit.attempt not in view.retired]
+    lineage, outside = view.standing(), view.standing_outside()
     left = [name for name in run.attempts() if name not in view.commits and name not in view.retired]
     return {
         "url": run.url,

@@ -63,7 +63,7 @@ def check(url: str, step: int | None, every: bool, as_json: bool) -> None:
     run, view = open_run(url)
     chosen = [find(run, view, step)]
     if every:
-        chosen = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+        chosen = view.standing()
     log_findings = [] if step is not None else check_log(view)
     reports = _check_steps(run, chosen)
     ok = not log_findings and all(report.ok for report in reports)

@@ -261,7 +261,7 @@ class _Check:
             yield None, problem if size is not None else f"{problem}; it held {_names({c.key for c in part.chunks})}"
         if size is not None:
             with closing(open_data(store, name)) as file:
-                yield from _header_faults(file, part)
+                yield from header_faults(file, part)
                 yield from self._chunk_faults(file, part, size)
 
     def _chunk_faults(self, file: DataFile, part: Part, size: int) -> Iterator[tuple[str | None, str]]:
@@ -360,7 +360,7 @@ class _Entry:
         return f"{self.dtype} {list(self.shape)} in bytes {self.start} to {self.stop}"
 
 
-def _header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
+def header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
     """How the header differs from the part, and padding that is not zero."""
     try:
         table, base = _read_header(file, part.data_bytes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -178,6 +178,12 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     parts: tuple[PartRef, ...]
     content_digest: bytes
     metrics: dict[str, float]
+
+
+def content_digest_of(world: World, parts: Iterable[bytes]) -> bytes:
+    """Digest of what a step holds, from those of its parts: the same in every tier and every place it is copied to."""
+    layouts = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
+    return digest(layouts + b"".join(parts))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -75,6 +75,7 @@ ORDER = [
     "ckpt.checkpointer",
     "ckpt",
     "ckpt.check",
+    "ckpt.copying",
     "ckpt.doctor",
     "ckpt.diff",
     "ckpt.cli.shared",

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from ckpt.cli.change import delete_step, gc, pin_step, unpin_step
+from ckpt.cli.change import copy_run, delete_step, gc, pin_step, unpin_step
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.look import list_steps, show
@@ -37,6 +37,7 @@ def cli() -> None:
       ckpt check /data/run --all           is every byte still what was saved
       ckpt diff /data/run@1000 /data/run   what changed since step 1000
       ckpt resume /data/run -- python train.py   go on, and again when it fails
+      ckpt cp /data/run@2000 s3://bucket/x copy step 2000 to another place
       ckpt gc /data/run --last 3 --dry-run what would be deleted
       ckpt pin /data/run 2000 --name best  never delete step 2000
       ckpt doctor s3://bucket/run          can a run be kept there
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for command in (list_steps, show, check, diff, resume, gc, pin_step, unpin_step, delete_step, doctor):
+for command in (list_steps, show, check, diff, resume, copy_run, gc, pin_step, unpin_step, delete_step, doctor):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that write to a run: `gc`, `pin`, `unpin`, `delete`."""
+"""The commands that write to a run: `gc`, `pin`, `unpin`, `delete`, `cp`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import click
 
 from ckpt.cli.shared import (
     Json,
+    byte_progress,
     columns,
     count,
     find,
     json_option,
+    open_at,
     open_run,
     output,
     plain,
@@ -19,6 +21,7 @@ from ckpt.cli.shared import (
     size,
     url_argument,
 )
+from ckpt.copying import copy_steps
 from ckpt.errors import Fenced
 from ckpt.holder import Holder, carry_out, is_gone
 from ckpt.log import View
@@ -81,15 +84,18 @@ def gc(
 
 
 def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool) -> None:
-    holder = view.holder
+    still = "Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass --takeover"
+    _refuse_live(run, view.holder, takeover, still)
+    start = _take(run, takeover)
+    carry_out(run, plan, start.generation, start.nonce)
+
+
+def _refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: str) -> None:
     if holder is not None and not takeover and not is_gone(holder):
         raise Fenced(
             f"{run.url}: generation {holder.generation} was started by pid {holder.pid} on host {holder.host!r}, which "
-            "may still run. Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass "
-            "--takeover"
+            f"may still run. {still}"
         )
-    start = _take(run, takeover)
-    carry_out(run, plan, start.generation, start.nonce)
 
 
 def _take(run: RunDirectory, takeover: bool) -> Start:
@@ -227,3 +233,51 @@ def _print_deleted(found: Json) -> None:
     when = "" if found["done"] else " after its next save by the job that holds the run"
     would = "would be" if found["dry_run"] else "is" if found["done"] else "will be"
     say(f"{what} {would} deleted{when}")
+
+
+# Steps of another run
+
+
+@click.command("cp")
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@click.option("--all", "every", is_flag=True, help="All steps of the lineage, oldest first; else the newest.")
+@takeover_option
+@json_option
+def copy_run(source: str, target: str, every: bool, takeover: bool, as_json: bool) -> None:
+    """Copy steps of a run into another place, from any store to any other.
+
+    FROM is URL or URL@STEP, TO the URL of a run, which is begun where there is none. Every byte is verified on the
+    way, and a damaged step is not committed over there. Interrupted, the same command goes on where it was. Steps
+    that are there already are left alone; a run only grows, so older steps cannot be added to one that has newer.
+
+    \b
+    Examples:
+      ckpt cp /data/run@12000 s3://bucket/run
+      ckpt cp s3://bucket/run /local/run --all
+
+    \b
+    --json prints
+      {"from": str, "to": str,
+       "copied": [{"step": int, "attempt": str, "nbytes": int}, ...],
+       "there_already": [int, ...]}
+    """
+    run, view, number = open_at(source)
+    commits = view.standing() if every and number is None else [find(run, view, number)]
+    into = RunDirectory.open(target, create=True)
+    known, holder = set(into.log.read().commits), into.log.view.holder
+    _refuse_live(into, holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    missing = [commit for commit in commits if commit.attempt not in known]
+    with byte_progress(sum(commit.nbytes for commit in missing)) as told:
+        made = copy_steps(run, missing, Holder(into, run_id=None, takeover=takeover), told)
+    copied = [{"step": each.step, "attempt": each.attempt, "nbytes": each.nbytes} for each in made]
+    there = [commit.step for commit in commits if commit.attempt in known]
+    output({"from": run.url, "to": into.url, "copied": copied, "there_already": there}, as_json, _print_copied)
+
+
+def _print_copied(found: Json) -> None:
+    for step in found["there_already"]:
+        say(f"step {step} was there already")
+    for step in found["copied"]:
+        say(f"step {step['step']}: {size(step['nbytes'])} copied and verified")
+    say(plain(f"{count(len(found['copied']), 'step')} of {found['from']} copied to {found['to']}"))

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ckpt.cli.shared import Json, columns, count, find, json_option, open_run, output, plain, say
+from ckpt.cli.shared import Json, columns, count, find, json_option, open_at, output, plain, say
 from ckpt.diff import Difference, Differences, compare_steps
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
@@ -45,7 +45,7 @@ def diff(left: str, right: str, every: bool, as_json: bool) -> None:
                     "not_finite": int}, ...]}
       SPEC = {"dtype": str, "shape": [int]} | null
     """
-    sides = _opened(left), _opened(right)
+    sides = _side(left), _side(right)
     with _progress() as told:
         found = compare_steps(StepReader(*sides[0]), StepReader(*sides[1]), told)
     document = _json(sides, found)
@@ -54,10 +54,8 @@ def diff(left: str, right: str, every: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _opened(text: str) -> tuple[RunDirectory, Commit]:
-    url, at, step = text.rpartition("@")
-    number = int(step) if at and step.isdecimal() else None
-    run, view = open_run(url if number is not None else text)
+def _side(text: str) -> tuple[RunDirectory, Commit]:
+    run, view, number = open_at(text)
     return run, find(run, view, number)
 
 

@@ -7,12 +7,14 @@ import json
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from ckpt.errors import Corrupt, NotFound
@@ -35,6 +37,23 @@ def open_run(url: str) -> tuple[RunDirectory, View]:
     except Corrupt as error:
         still = "Nothing was changed. Without its log a run's steps cannot be told from abandoned attempts"
         raise Corrupt(f"{error}\n{still}: bring this file back from a copy.") from error
+
+
+def open_at(text: str) -> tuple[RunDirectory, View, int | None]:
+    """The run, its log, and the step of URL or URL@STEP."""
+    url, at, step = text.rpartition("@")
+    number = int(step) if at and step.isdecimal() else None
+    return *open_run(url if number is not None else text), number
+
+
+@contextmanager
+def byte_progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr at a terminal, told of the bytes that are done; from any thread."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                   console=Console(stderr=True), disable=not sys.stderr.isatty())  # fmt: skip
+    task = bar.add_task("bytes", total=total_bytes)
+    with bar:
+        yield lambda nbytes: bar.update(task, advance=nbytes)
 
 
 def find(run: RunDirectory, view: View, step: int | None) -> Commit:

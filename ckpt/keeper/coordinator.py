@@ -15,7 +15,7 @@ from ckpt.errors import CkptError, Incompatible, SaveFailed
 from ckpt.holder import append_commit
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
-from ckpt.manifest import Manifest, decode_world, digest, encode_layout, encode_manifest
+from ckpt.manifest import Manifest, content_digest_of, decode_world, encode_manifest
 from ckpt.records import Commit
 from ckpt.run import RunDirectory
 from ckpt.signing import KEY_VARIABLE
@@ -221,7 +221,6 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
             f"{_some(weak)} differs from the coordinator's. Set it on every node, end those keepers and start again; "
             "every older step is as it was."
         )
-    content = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
     manifest = Manifest(
         step=job.step,
         generation=job.generation,
@@ -230,7 +229,7 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         world=world,
         ownership=summary.ownership,
         parts=tuple(part.ref for part in parts),
-        content_digest=digest(content + b"".join(part.content_digest for part in parts)),
+        content_digest=content_digest_of(world, (part.content_digest for part in parts)),
         metrics=summary.metrics,
     )
     data = encode_manifest(manifest)

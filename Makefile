@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SERVERS := $(VENV)/servers/.installed
 
+STATES := 12000
+STORE_SEEDS := 500
+
 .PHONY: install servers lint test prove bench demo clean
 
 install: $(STAMP)
@@ -31,8 +34,9 @@ $(SERVERS): $(STAMP) tests/install_servers.sh
 test: install servers
 	$(BIN)/python -m pytest -q
 
+# STATES: images after power cuts; STORE_SEEDS: runs through a faulty object store.
 prove: install servers
-	$(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
+	HOLDFAST_CRASH_IMAGES=$(STATES) HOLDFAST_STORE_SEEDS=$(STORE_SEEDS) $(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
 
 bench: $(PEERS)
 	$(BIN)/python benchmarks/save_load.py

@@ -309,3 +309,15 @@ def test_a_file_that_is_a_link_is_refused(tmp_path: Path, what: str) -> None:
     with pytest.raises(CkptError):
         ckpt.restore(tmp_path / "run", target)
     assert bits(target) == before
+
+
+@pytest.mark.parametrize("what", ["steps", "log", "attempt"])
+def test_a_directory_that_is_a_link_is_refused(tmp_path: Path, what: str) -> None:
+    attempt = forge(tmp_path / "run")
+    place = attempt if what == "attempt" else tmp_path / "run" / what
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CkptError, match="symbolic link"):
+        ckpt.load(tmp_path / "run")
+    with pytest.raises(CkptError, match="symbolic link"), ckpt.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.restore(state(-1), required=True)

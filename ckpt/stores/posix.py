@@ -15,7 +15,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ckpt import direct
@@ -116,7 +116,7 @@ class PosixStore:
             return os.stat(target, follow_symlinks=False).st_size
 
     def list(self, directory: str) -> Names:
-        target = self._directory(directory)
+        target = self._without_links(check_path(directory, root_allowed=True), entered=True)
         with _reported("list", target):
             return sorted(name for name in os.listdir(target) if is_component(name))
 
@@ -157,7 +157,7 @@ class PosixStore:
             return _DataFile(target, direct.create(target, nbytes))
 
     def usage(self, directory: str) -> Usage:
-        target = self._directory(directory)
+        target = self._without_links(check_path(directory, root_allowed=True), entered=True)
         with _reported("look into", target):
             nbytes = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(target))
             return Usage(nbytes, os.stat(target, follow_symlinks=False).st_mtime)
@@ -184,10 +184,23 @@ class PosixStore:
         return self._directory(path)
 
     def _directory(self, path: str) -> str:
-        return os.path.join(self._root, *check_path(path, root_allowed=True))
+        return self._without_links(check_path(path, root_allowed=True))
 
     def _below(self, path: str) -> str:
-        return os.path.join(self._root, *check_path(path))
+        return self._without_links(check_path(path))
+
+    def _without_links(self, components: Sequence[str], entered: bool = False) -> str:
+        """The path of `components`; refuses a link in place of a directory on the way, which would lead elsewhere.
+
+        `entered`: the last component is a directory to look into, too.
+        """
+        target = self._root
+        for number, component in enumerate(components, 1):
+            target = os.path.join(target, component)
+            if (entered or number < len(components)) and os.path.islink(target):
+                error = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                raise StorageError(_message("open", target, error)) from error
+        return target
 
     def _target(self, path: str) -> tuple[str, str]:
         target = self._below(path)

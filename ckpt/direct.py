@@ -16,6 +16,8 @@ from ckpt.plan import ALIGN_BYTES
 _CACHESTAT = 451  # system call of Linux 6.5, one number on every architecture that torch runs on
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
+_IDLE_LIMIT = 8  # writes in a row that do not reach the next page
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -51,14 +53,15 @@ def create(path: str, nbytes: int) -> int:
 
 def write_all(fd: int, memory: memoryview, at: int) -> None:
     """Write all of `memory` at byte `at`: whole pages, from page-aligned memory, where `fd` does direct I/O."""
-    done = 0
+    done = idle = 0
     while done < len(memory):
-        written = os.pwrite(fd, memory[done:], at + done)
-        if written <= 0:
-            raise OSError(errno.EIO, "a write made no progress")
-        done += written
-        if done < len(memory):
-            done -= done % ALIGN_BYTES  # direct I/O goes on from a page border
+        reached = done + os.pwrite(fd, memory[done:], at + done)
+        if reached < len(memory):
+            reached -= reached % ALIGN_BYTES  # direct I/O goes on from a page border
+        idle = idle + 1 if reached <= done else 0
+        if idle == _IDLE_LIMIT:
+            raise OSError(errno.EIO, "writes make no progress")
+        done = max(done, reached)
 
 
 def open_cold(path: str) -> int:

@@ -114,15 +114,18 @@ def _list(store: Store, folder: str) -> str:
 
 def _data(store: Store, folder: str) -> str:
     nbytes = 40 << 20
-    with mmap.mmap(-1, nbytes) as memory:
-        memory[:] = secrets.token_bytes(1 << 20) * 40
-        with memoryview(memory) as view:
-            writer = store.write_data(f"{folder}/data", nbytes)
-            for at in range(0, nbytes, 4 << 20):
-                with view[at : at + (4 << 20)] as piece:
-                    writer.write(at, piece)
-            writer.finish()
-            same = store.read(f"{folder}/data", limit_bytes=nbytes) == view
+    memory = mmap.mmap(-1, nbytes)  # page-aligned; it goes with its last view
+    memory[:] = secrets.token_bytes(1 << 20) * 40
+    view = memoryview(memory)
+    writer = store.write_data(f"{folder}/data", nbytes)
+    try:
+        for at in range(0, nbytes, 4 << 20):
+            writer.write(at, view[at : at + (4 << 20)])
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.finish()
+    same = store.read(f"{folder}/data", limit_bytes=nbytes) == view
     return "" if same else "other bytes came back than were sent"
 
 

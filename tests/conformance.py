@@ -194,11 +194,9 @@ class StoreConformance:
 @contextmanager
 def pages(nbytes: int) -> Iterator[memoryview]:
     """Page-aligned memory, filled with something that repeats at no power of two."""
-    with mmap.mmap(-1, nbytes) as memory:
-        memory[:] = (bytes(range(251)) * (nbytes // 251 + 1))[:nbytes]
-        view = memoryview(memory)
-        yield view
-        view.release()
+    memory = mmap.mmap(-1, nbytes)  # it goes with its last view
+    memory[:] = (bytes(range(251)) * (nbytes // 251 + 1))[:nbytes]
+    yield memoryview(memory)
 
 
 def caught(operation: Callable[[], object]) -> StorageError | None:

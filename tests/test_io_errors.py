@@ -59,10 +59,10 @@ FAULTS = [(fault, sticky) for fault in (errno.EIO, errno.ENOSPC, errno.EDQUOT, "
 FIRST = [(errno.EIO, False), (errno.ENOSPC, True)]  # the others are tried when a full proof is asked for
 
 
-@pytest.mark.parametrize(
-    ("fault", "sticky"),
-    [*FIRST, *(pytest.param(*each, marks=pytest.mark.prove) for each in FAULTS if each not in FIRST)],
-)
+MORE = [pytest.param(*each, marks=pytest.mark.prove) for each in FAULTS if each not in FIRST]
+
+
+@pytest.mark.parametrize(("fault", "sticky"), [*FIRST, *MORE])
 def test_the_nth_operation_fails(tmp_path: Path, armed: Path, fault: int | str, sticky: bool) -> None:
     path, step, failed = tmp_path / "run", 1, 0
     with ckpt.Checkpointer(path, keep=ckpt.Keep(last=2)) as checkpointer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -164,10 +165,8 @@ class Cluster:
         """Kill what is left, keepers too; what of agents and workers there was though every agent had ended."""
         all_ended = all(agent.process.poll() is not None for agent in self.agents.values())
         if all_ended:
-            try:
+            with contextlib.suppress(AssertionError):
                 until("no worker outlives its agent", lambda: not self.processes())
-            except AssertionError:
-                pass
         left = [f"{pid} {command}" for pid, command in self.processes()] if all_ended else []
         for agent in self.agents.values():
             if agent.process.poll() is None:

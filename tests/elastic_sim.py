@@ -5,6 +5,7 @@ The agents are the real ones (`elastic.agent.Agent`); here are only their surrou
 - a generation has one membership, and only its members ever work in it;
 - no two generations work at the same time for longer than it takes to notice (a generation works while all of its
   members run their workers and reach each other), unless the older one's leader cannot reach storage;
+- nobody takes the run from a leader whose counter moves, but more than half of its members;
 - no commit counts that was made after a newer generation had begun;
 - once faults stop, all nodes that live work together, or the job has ended on all of them.
 """
@@ -62,7 +63,7 @@ class World:
         self.limits, self.timing = limits, timing
         self.now = 100.0
         self.view = View()
-        self.counter = ("", 0)
+        self.counter, self.counter_at, self.steady_since = ("", 0), 0.0, 0.0
         self.announced: dict[str, Member] = {}
         self.cut: set[frozenset[str]] = set()
         self.queue: list[tuple[float, int, object]] = []
@@ -266,6 +267,8 @@ class World:
         return answers
 
     def look(self, name: str, node: Node, action: a.Look) -> None:
+        if node.done is not None:
+            return
         if not node.storage:
             node.agent.look_failed(self.now)
             return
@@ -276,6 +279,9 @@ class World:
         if action.pulse is not None:
             self.count += 1
             self.counter = (f"{'over ' if action.over else ''}{action.pulse}", self.count)
+            if self.now - self.counter_at > self.timing.node_timeout_s / 2:
+                self.steady_since = self.now
+            self.counter_at = self.now
         membership = of_start(self.view.holder)
         over = membership is not None and self.counter[0] == f"over {membership.generation}"
         node.agent.looked(
@@ -290,6 +296,7 @@ class World:
         membership: Membership | None = None
         self.count += 1
         if node.storage:
+            before = of_start(self.view.holder)
             try:
                 start = decide_start(
                     self.view, nonce=f"s{self.count}", run_id="job", reason=action.reason,
@@ -299,9 +306,21 @@ class World:
                 membership = of_start(start)
             except CkptError:
                 pass
+            else:
+                self.check_right(name, node, before)
         node.agent.proposed(membership, self.now)
 
     # Checks
+
+    def check_right(self, name: str, node: Node, before: Membership | None) -> None:
+        """Whether who took the run had a right to: the leader's counter had stood still, or most members went along."""
+        if before is None or name == before.leader or self.counter[0] != str(before.generation):
+            return
+        group = {name, *node.agent.followers} | node.agent._finished
+        limit = self.timing.node_timeout_s
+        moved = self.now - self.counter_at < limit - 1 and self.now - self.steady_since > limit + 1
+        if moved and 2 * sum(member in group for member in before.nodes) <= len(before.members):
+            raise Broken(f"{name} took the run with {sorted(group)} from a leader that leads")
 
     def check(self) -> None:
         working: dict[int, list[str]] = {}

@@ -189,6 +189,7 @@ class Agent(Leading):
             self._do(Close(follower))
         self.followers.clear()
         self._change = None
+        self._do(Note(f"follows {node}"))
         self._send(None, Join(self.me, self.ready, self.finished))
 
     # From storage

@@ -25,7 +25,9 @@ DEADLINE_S = 90
 class Agent:
     """One torchrun. `name` is what its workers and its log are known by."""
 
-    def __init__(self, cluster: Cluster, name: str, nnodes: str, before: Sequence[str], more: dict[str, str]) -> None:
+    def __init__(
+        self, cluster: Cluster, name: str, nnodes: str, before: Sequence[str], run_id: str, more: dict[str, str]
+    ) -> None:
         self.name = name
         self.log = cluster.folder / f"{name}.log"
         ram = cluster.ram / name
@@ -48,7 +50,7 @@ class Agent:
         command = [
             *before, sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "elastic",
             "--rdzv-endpoint", str(cluster.run), "--max-restarts", "1000000", "--nnodes", nnodes,
-            *(["--rdzv-id", cluster.run_id] if cluster.run_id else []), "--nproc-per-node", "1",
+            *(["--rdzv-id", run_id] if run_id else []), "--nproc-per-node", "1",
             str(ROOT / "tests" / "elastic_worker.py"), str(cluster.run), str(cluster.events),
         ]  # fmt: skip
         with open(self.log, "ab") as log:
@@ -71,16 +73,17 @@ class Agent:
 class Cluster:
     """Agents of one run, what their workers said, and the end of them all. Use as a context manager."""
 
-    def __init__(self, folder: Path, run_id: str = "") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.run, self.events = folder, folder / "run", folder / "events"
         self.events.mkdir()
         self.ram = Path(os.environ["CKPT_RAM_DIR"]) / f"nodes-{uuid.uuid4().hex[:8]}"
         self.ram.mkdir()
-        self.mark, self.run_id = uuid.uuid4().hex, run_id
+        self.mark = uuid.uuid4().hex
         self.agents: dict[str, Agent] = {}
 
-    def add(self, name: str, nnodes: str, *, before: Sequence[str] = (), **more: str) -> Agent:
-        self.agents[name] = Agent(self, name, nnodes, before, more)
+    def add(self, name: str, nnodes: str, *, before: Sequence[str] = (), run_id: str = "job", **more: str) -> Agent:
+        """Start an agent; `more` is its environment, `before` stands before its command."""
+        self.agents[name] = Agent(self, name, nnodes, before, run_id, more)
         return self.agents[name]
 
     # What the workers said

@@ -79,7 +79,6 @@ def never(*args: Any, **kwargs: Any) -> bool:
         "never silent",
         "never grows",
         "clings",
-        "patient",
     ],
 )
 def test_a_broken_rule_is_found(

@@ -50,3 +50,63 @@ def test_worker_then_agent_then_leader_are_killed(tmp_path: Path) -> None:
         (last,) = left - {leader}
         cluster.trains({last}, after=third)
         check_end(cluster, last)
+
+
+def as_host(name: str) -> list[str]:
+    """A host name of its own, so that nobody can tell from here whether its processes live."""
+    return ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
+
+
+def test_a_spare_takes_over_and_below_min_the_job_waits(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        for name in "abc":
+            cluster.add(name, "2:2")
+        cluster.until("two nodes train", lambda: cluster.last_step() > 2)
+        working = set(cluster.workers(1))
+        (spare,) = set("abc") - working
+        first = cluster.trains(working)
+        ranks = {name: worker["rank"] for name, worker in cluster.workers(first).items()}
+        leader = cluster.leader()
+        (victim,) = working - {leader}
+
+        cluster.agents[victim].kill()
+        second = cluster.trains({leader, spare}, after=first)
+        assert cluster.workers(second)[spare]["rank"] == ranks[victim]
+        assert cluster.workers(second)[leader]["rank"] == ranks[leader]
+
+        cluster.agents[spare].kill()
+        cluster.until("the job says what it waits for", lambda: cluster.log_has(leader, "at least 2 are needed"))
+        assert cluster.generation() == second
+        cluster.add("d", "2:2")
+        cluster.trains({leader, "d"}, after=second)
+        cluster.add("e", "2:2")
+        cluster.until("there is a spare", lambda: cluster.log_has("e", "follows"))
+        check_end(cluster, leader, "d", "e")
+
+
+def test_a_node_joins_and_then_its_host_leads_alone(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        cluster.add("a", "1:2", before=as_host("host-a"))
+        first = cluster.trains({"a"})
+        stranger = cluster.add("stranger", "1:2", run_id="another-job")
+        cluster.add("b", "1:2", before=as_host("host-b"))
+        second = cluster.trains({"a", "b"}, after=first)
+        assert stranger.wait() == 11
+        assert cluster.log_has("stranger", "another job than host-a.*run_id")
+        grown = cluster.workers(second)
+        assert {worker["rank"] for worker in grown.values()} == {0, 1}
+        assert grown["a"]["rank"] == 0
+        assert grown["a"]["step"] >= cluster.last_step(first) - 2, "a larger membership begins right after a commit"
+
+        cluster.agents["a"].kill()
+        cluster.trains({"b"}, after=second)
+        assert cluster.log_has("b", "counter stood still"), "one of two waits until the leader's counter stands still"
+        check_end(cluster, "b")
+
+
+def test_with_too_few_nodes_the_job_ends_in_time(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        agent = cluster.add("a", "2:3", ELASTIC_MIN_WAIT_S="1")
+        assert agent.wait() == 75
+        assert cluster.log_has("a", "1 nodes are here, at least 2 are needed")
+        assert not cluster.said()

@@ -269,8 +269,10 @@ class Leading:
         return [node for node in self.followers if self._is_member(node)]
 
     def _hold(self, text: str) -> None:
-        if text.split(";")[0] != self._held:
-            self._held = text.split(";")[0]
+        """Note what keeps us from going on, once: not again for another number of seconds."""
+        kind = "".join(c for c in text if not c.isdigit())
+        if kind != self._held:
+            self._held = kind
             self._do(Note(text))
 
     def _send(self, node: str | None, message: Up | Down) -> None:

@@ -23,8 +23,8 @@ def addresses(given: str) -> tuple[str, ...]:
     by_interface = interfaces()
     best = given or _best(by_interface)
     name = next((name for name, address in by_interface.items() if address == best), None)
-    if name is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if name is not None and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
     if given or best.startswith("127."):
         return (best,)
     others = [address for address in by_interface.values() if address != best and not address.startswith("127.")]

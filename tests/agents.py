@@ -43,6 +43,7 @@ class Agent:
             "ELASTIC_NODE_TIMEOUT_S": str(NODE_TIMEOUT_S),
             "ELASTIC_JOIN_WINDOW_S": "1",
             "ELASTIC_MIN_INTERVAL_S": "1",
+            "ELASTIC_SETTLE_S": "3",
             "TEST_NODE": name,
             MARK: cluster.mark,
             **more,

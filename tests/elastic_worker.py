@@ -36,7 +36,7 @@ def main(url: str, events: Path) -> int:
         def say(what: str, **more: Any) -> None:
             current = elastic.current()
             assert current is not None
-            more |= {"generation": current.generation, "node": os.environ["TEST_NODE"]}
+            more |= {"at": time.time(), "generation": current.generation, "node": os.environ["TEST_NODE"]}
             out.write(json.dumps({"what": what, "rank": rank, "world": world, "pid": os.getpid(), **more}) + "\n")
 
         state = {"w": expected(0), "step": 0}

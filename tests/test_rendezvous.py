@@ -7,6 +7,10 @@ import signal
 from pathlib import Path
 
 from agents import Cluster
+from netns import network
+
+from ckpt.records import Start
+from ckpt.run import RunDirectory
 
 
 def check_restores(cluster: Cluster) -> None:
@@ -110,3 +114,29 @@ def test_with_too_few_nodes_the_job_ends_in_time(tmp_path: Path) -> None:
         assert agent.wait() == 75
         assert cluster.log_has("a", "1 nodes are here, at least 2 are needed")
         assert not cluster.said()
+
+
+def test_the_leaders_link_dies_and_comes_back(tmp_path: Path) -> None:
+    """Nobody is told: the others go on without it; it reaches storage, and must neither begin anything nor commit."""
+    with network() as net, Cluster(tmp_path) as cluster:
+        for name in "abc":
+            cluster.add(name, "2:3", before=net.add(name), GLOO_SOCKET_IFNAME="")
+        first = cluster.trains({"a", "b", "c"})
+        leader = cluster.leader()
+        others = {"a", "b", "c"} - {leader}
+        cut = cluster.pid_of_worker(leader, first)
+        began = starts(cluster)[-1].generation
+
+        net.cut(leader)
+        second = cluster.trains(others, after=first)
+        assert not Path(f"/proc/{cut}").exists(), "the workers of the node that was cut off are dead"
+        assert cluster.leader() in others
+        net.heal(leader)
+        cluster.trains({"a", "b", "c"}, after=second)
+        by_old_leader = [s for s in starts(cluster) if s.generation > began and s.pid == starts(cluster)[began - 1].pid]
+        assert not by_old_leader, "it began a generation though the others had a majority"
+        check_end(cluster, "a", "b", "c")
+
+
+def starts(cluster: Cluster) -> tuple[Start, ...]:
+    return RunDirectory.open(cluster.run).log.read().starts

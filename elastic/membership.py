@@ -28,7 +28,8 @@ class Member:
 class Membership:
     """The members of one generation in order of rank, and who leads it.
 
-    `store_port`: where the leader lets the workers' process groups meet, fresh for every generation.
+    `store_port`: where the leader lets the workers' process groups meet, fresh for every generation. `began`: nonce of
+    the start with which these members began to work; another one than `nonce` once a worker went back to an older step.
     """
 
     generation: int
@@ -36,6 +37,7 @@ class Membership:
     members: tuple[Member, ...]
     leader: str
     store_port: int
+    began: str
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class Membership:
 
     def is_continued_by(self, other: Membership) -> bool:
         """Whether `other` is this membership under another number: one of its workers went back to an older step."""
-        return (self.members, self.leader, self.store_port) == (other.members, other.leader, other.store_port)
+        return self.began == other.began
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
@@ -65,11 +67,13 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     addresses: tuple[str, ...]
     port: int
     store_port: int = 0  # of the leader
+    began: str = ""  # of the leader
 
 
-def to_record(members: tuple[Member, ...], leader: str, store_port: int) -> tuple[dict[str, Any], ...]:
-    """What `Start.members` holds: plain JSON values. The leader is the one that has a `store_port`."""
-    return tuple(asdict(m) | ({"store_port": store_port} if m.node == leader else {}) for m in members)
+def to_record(members: tuple[Member, ...], leader: str, store_port: int, nonce: str) -> tuple[dict[str, Any], ...]:
+    """What `Start.members` of the start `nonce` holds: plain JSON values. The leader is who has a `store_port`."""
+    of_leader = {"store_port": store_port, "began": nonce}
+    return tuple(asdict(member) | (of_leader if member.node == leader else {}) for member in members)
 
 
 def of_start(start: Start | None) -> Membership | None:
@@ -80,6 +84,8 @@ def of_start(start: Start | None) -> Membership | None:
         entries = [msgspec.convert(entry, _Entry) for entry in start.members]
         members = tuple(Member(e.node, e.name, e.addresses, e.port) for e in entries)
         (leads,) = [entry for entry in entries if entry.store_port]
-        return Membership(start.generation, start.nonce, members, leads.node, leads.store_port, start.reason)
+        return Membership(
+            start.generation, start.nonce, members, leads.node, leads.store_port, leads.began, start.reason
+        )
     except (msgspec.ValidationError, ValueError) as error:
         raise Corrupt(f"the members of generation {start.generation} cannot be understood: {error}") from error

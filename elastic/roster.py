@@ -19,8 +19,7 @@ import msgspec
 
 from ckpt.errors import Corrupt, Fenced, Incompatible, NotFound
 from ckpt.holder import boot_id, is_gone
-from ckpt.log import View, decide_start
-from ckpt.records import Start
+from ckpt.log import decide_start
 from ckpt.run import RunDirectory
 from ckpt.store import AlreadyExists
 from elastic.actions import Look, Propose, Seen
@@ -101,25 +100,15 @@ class Roster:
         found, pulse_now = self._announcements(remove_stale=ask.pulse is not None), self._pulse()
         over = done = False
         if membership is not None:
-            began = self._forming(view, membership)
+            began = next((start for start in view.starts if start.nonce == membership.began), None)
             mine = pulse_now is not None and pulse_now.node == membership.leader
-            if pulse_now is not None and mine and pulse_now.generation >= began.generation:
+            if pulse_now is not None and mine and (began is None or pulse_now.generation >= began.generation):
                 over, done = pulse_now.over, pulse_now.done
             over = over or is_gone(began)
         elif view.holder is not None:  # a job without elastic has the run, or had it
             over = is_gone(view.holder)
         head = view.head.attempt if view.head else None
         return Seen(view.generation, membership, head, repr(pulse_now), over, done, tuple(found))
-
-    def _forming(self, view: View, membership: Membership) -> Start:
-        """The start with which `membership` began, before any of its workers went back to an older step."""
-        began = view.starts[-1]
-        for start in reversed(view.starts):
-            earlier = of_start(start)
-            if earlier is None or not earlier.is_continued_by(membership):
-                break
-            began = start
-        return began
 
     def _pulse(self) -> Pulse | None:
         with contextlib.suppress(NotFound, msgspec.MsgspecError):
@@ -182,7 +171,7 @@ class Roster:
                     boot_id=boot_id(),
                     unix_s=time.time(),
                     addresses=[f"{address}:{me.port}" for address in me.addresses],
-                    members=to_record(ask.members, me.node, store_port),
+                    members=to_record(ask.members, me.node, store_port, nonce),
                 )
             )
         except Fenced:

@@ -82,7 +82,7 @@ def test_growing_means_more_nodes(members: list[str], waiting: list[str], found:
 @given(some_names, st.data())
 def test_no_two_groups_that_share_nobody_may_both_go_on_at_once(nodes: list[str], data: st.DataObject) -> None:
     """As long as the leader's counter moves: the leader with half of its members, or more than half without it."""
-    previous = Membership(3, "s", tuple(member(n) for n in nodes), data.draw(st.sampled_from(nodes)), 9)
+    previous = Membership(3, "s", tuple(member(n) for n in nodes), data.draw(st.sampled_from(nodes)), 9, "s")
     one = set(data.draw(names)) | {data.draw(st.sampled_from(NAMES))}
     other = set(NAMES) - one
     assume(other)
@@ -95,7 +95,7 @@ def test_no_two_groups_that_share_nobody_may_both_go_on_at_once(nodes: list[str]
 
 
 def test_a_smaller_group_waits_until_the_counter_stood_still() -> None:
-    previous = Membership(3, "s", tuple(member(n) for n in "abcd"), "a", 9)
+    previous = Membership(3, "s", tuple(member(n) for n in "abcd"), "a", 9, "s")
     for group, me in (({"c", "d"}, "c"), ({"a"}, "a"), ({"x"}, "x"), ({"c"}, "c")):
         assert not may_take(previous, me, group, quiet_s=9.9, known_gone=False, node_timeout_s=10).may
         assert may_take(previous, me, group, quiet_s=10, known_gone=False, node_timeout_s=10).leader_gone
@@ -122,9 +122,11 @@ def test_a_node_is_quarantined_only_if_it_alone_fails_again_and_again() -> None:
 def test_a_membership_comes_back_from_its_record(nodes: list[str], data: st.DataObject) -> None:
     leader = data.draw(st.sampled_from(nodes))
     members = tuple(member(n) for n in nodes)
-    start = decide_start(View(), nonce="s1", run_id=None, reason="test", members=to_record(members, leader, 29500))
+    start = decide_start(
+        View(), nonce="s1", run_id=None, reason="test", members=to_record(members, leader, 29500, "s1")
+    )
     read = decode_record(encode_record(start))
-    assert of_start(read) == Membership(1, "s1", members, leader, 29500, "test")  # type: ignore[arg-type]
+    assert of_start(read) == Membership(1, "s1", members, leader, 29500, "s1", "test")  # type: ignore[arg-type]
 
 
 def test_a_start_without_members_begins_no_membership() -> None:
@@ -138,9 +140,9 @@ def test_a_start_without_members_begins_no_membership() -> None:
         ("a",),
         ({"node": "a"},),
         ({"node": "a", "name": "a", "addresses": [1], "port": 1, "store_port": 1},),
-        to_record((member("a"), member("b")), "c", 1),
-        (*to_record((member("a"),), "a", 1), *to_record((member("b"),), "b", 1)),
-        to_record((member("a"), member("a")), "a", 1),
+        to_record((member("a"), member("b")), "c", 1, "s1"),
+        (*to_record((member("a"),), "a", 1, "s1"), *to_record((member("b"),), "b", 1, "s1")),
+        to_record((member("a"), member("a")), "a", 1, "s1"),
     ],
     ids=["text", "missing", "address", "no leader", "two leaders", "twice"],
 )
@@ -151,7 +153,6 @@ def test_members_that_make_no_sense_are_refused(members: tuple[object, ...]) -> 
 
 
 def test_going_back_to_an_older_step_continues_a_membership() -> None:
-    one = Membership(3, "s", (member("a"), member("b")), "a", 9)
+    one = Membership(3, "s", (member("a"), member("b")), "a", 9, "s")
     assert one.is_continued_by(replace(one, generation=4, nonce="t", reason="back to step 7"))
-    assert not one.is_continued_by(replace(one, generation=4, store_port=10))
-    assert not one.is_continued_by(replace(one, generation=4, leader="b"))
+    assert not one.is_continued_by(replace(one, generation=4, nonce="t", began="t")), "the same nodes began again"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 from bisect import bisect_left
@@ -29,7 +30,7 @@ from ckpt.datafile import DataFile, open_data
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
 from ckpt.layout import OWNERSHIP, World, owned_by
 from ckpt.log import View
-from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, digest, part_name
+from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, matches, part_name
 from ckpt.plan import RUN_BYTES, SAFETENSORS_DTYPE, Segment, entry_name
 from ckpt.reading import verify_chunks
 from ckpt.records import Commit, Unknown, slot_name
@@ -37,6 +38,8 @@ from ckpt.restorer import StepReader
 from ckpt.run import LOG, RunDirectory
 from ckpt.slices import Slice, cover_fault, whole
 from ckpt.store import Store
+
+log = logging.getLogger("ckpt")
 
 FINDINGS_LIMIT = 100
 HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself reads at most
@@ -77,6 +80,24 @@ def check_step(run: RunDirectory, commit: Commit, on_bytes: OnBytes | None = Non
     """
     found = list(islice(_Check(run, commit, on_bytes).findings(), FINDINGS_LIMIT + 1))
     return Report(commit, tuple(found[:FINDINGS_LIMIT]), len(found) <= FINDINGS_LIMIT)
+
+
+def is_whole(run: RunDirectory, commit: Commit, *, thorough: bool) -> bool:
+    """Whether all files of a step are there, in full length, and their metadata is what was committed.
+
+    `thorough`: every byte of the tensors, too. Raises as `check_step` does.
+    """
+    if thorough:
+        return check_step(run, commit).ok
+    try:
+        reader = StepReader(run, commit)
+        for rank in range(reader.manifest.world.size):
+            reader.part(rank)
+            reader.check_size(rank)
+    except Corrupt as error:
+        log.warning("step %d is damaged: %s", commit.step, error)
+        return False
+    return True
 
 
 def check_log(view: View) -> list[Finding]:
@@ -183,7 +204,7 @@ class _Check:
         data = self._run.store.read(self._file(name), limit_bytes=PART_LIMIT_BYTES)
         if len(data) != nbytes:
             raise Corrupt(f"has {len(data)} bytes, the {named_by} says {nbytes}")
-        if digest(data) != expected:
+        if not matches(data, expected):
             raise Corrupt(f"its bytes do not match the digest in the {named_by}")
         return data
 
@@ -240,7 +261,7 @@ class _Check:
             yield None, problem if size is not None else f"{problem}; it held {_names({c.key for c in part.chunks})}"
         if size is not None:
             with closing(open_data(store, name)) as file:
-                yield from _header_faults(file, part)
+                yield from header_faults(file, part)
                 yield from self._chunk_faults(file, part, size)
 
     def _chunk_faults(self, file: DataFile, part: Part, size: int) -> Iterator[tuple[str | None, str]]:
@@ -339,7 +360,7 @@ class _Entry:
         return f"{self.dtype} {list(self.shape)} in bytes {self.start} to {self.stop}"
 
 
-def _header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
+def header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
     """How the header differs from the part, and padding that is not zero."""
     try:
         table, base = _read_header(file, part.data_bytes)

@@ -21,11 +21,13 @@ from ckpt.figures import Reporter
 from ckpt.handle import SaveHandle
 from ckpt.holder import Given, Holder, find_commit
 from ckpt.interval import Every
+from ckpt.pins import ask_to_delete, checked_name, pin, unpin
 from ckpt.process import OnSigterm, StepBar
 from ckpt.ranks import Ranks, connect
-from ckpt.readers import choose_together, open_on_all, paths, restorable, restore_or_fall_back
+from ckpt.readers import choose_together, open_on_all, paths, restore_or_fall_back
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed
+from ckpt.resume import RESUME_FROM, asked_back
 from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.saver import Options, Saver, step_number
@@ -36,10 +38,11 @@ log = logging.getLogger("ckpt")
 class Checkpointer:
     """Saves and restores the state of a training run under one address, on all ranks together.
 
-    `url` is a directory that all nodes see. With several ranks, `torch.distributed` must be initialised first;
-    every method is then collective unless it says otherwise. `commit_timeout_s` bounds every wait for other ranks,
-    in a save as between two iterations of `steps`, and how long a save may take to become durable: raise it, like the
-    process group's own, where one rank evaluates for longer than that while the others wait.
+    `url` is a directory that all nodes see, or the URL of a bucket; without one, $CKPT_URL counts (`ckpt resume` sets
+    it). With several ranks, `torch.distributed` must be initialised first; every method is then collective unless it
+    says otherwise. `commit_timeout_s` bounds every wait for other ranks, in a save as between two iterations of
+    `steps`, and how long a save may take to become durable: raise it, like the process group's own, where one rank
+    evaluates for longer than that while the others wait.
 
     `overlap`: what belongs to a `torch.optim.Optimizer` in the state is copied while training goes on, and the next
     `step()` of that optimizer waits for it. Whoever changes such tensors otherwise calls `handle.wait_copied()` first,
@@ -62,7 +65,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | None = None,
         *,
         every: Every | None = None,
         keep: Keep | None = None,
@@ -79,6 +82,9 @@ class Checkpointer:
             raise ValueError(f'busy is "wait" or "skip", not {busy!r:.100}')
         if keep is not None and not isinstance(keep, Keep):
             raise ValueError(f"keep is a ckpt.Keep, as ckpt.Keep(last=3, every=1000), not {keep!r:.100}")
+        place = url if url is not None else os.environ.get("CKPT_URL")
+        if not place:
+            raise Incompatible("no address: pass one to ckpt.Checkpointer(url), or set CKPT_URL")
         self._every = every or Every(steps=1000)
         self._interval = self._every.interval()
         self._ranks: Ranks = connect(commit_timeout_s)
@@ -86,14 +92,14 @@ class Checkpointer:
         job = _run_id(run_id)
 
         def open_first() -> RunDirectory:
-            run = RunDirectory.open(url, create=True)
+            run = RunDirectory.open(place, create=True)
             _check_fencing(run, strict_fencing)
             given = Given.of(os.environ.get("CKPT_START", ""))
             self._holder = Holder(run, run_id=job, takeover=takeover, given=given)
             return run
 
         try:
-            self._run = open_on_all(self._ranks, url, open_first)
+            self._run = open_on_all(self._ranks, place, open_first)
         except BaseException:
             self._ranks.close()
             raise
@@ -212,12 +218,17 @@ class Checkpointer:
         """On rank 0: take the run, adopt what was left complete, and choose."""
         assert self._holder is not None
         holder = self._holder
+        back = None
         if holder.start is None:
-            holder.take("restore")
             if step is None:
+                back = asked_back(holder.run.log.read(), os.environ.get(RESUME_FROM))
+            holder.take("restore")
+            if step is None and back is None:
                 holder.adopt()
         else:
             holder.run.log.read()
+        if back is not None:
+            return back
         if step is None and not holder.view.lineage():
             return None
         return find_commit(holder.view, step)
@@ -231,7 +242,7 @@ class Checkpointer:
         return b""
 
     def _lineage(self) -> list[Commit]:
-        return restorable(self._holder.view) if self._holder else []
+        return self._holder.view.standing() if self._holder else []
 
     # The loop
 
@@ -316,7 +327,42 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in restorable(RunDirectory.open(self.url).log.read())]
+        return [commit.step for commit in RunDirectory.at(self._run.store).log.read().standing()]
+
+    # What stays
+
+    def pin(self, step: int, name: str | None = None) -> None:
+        """Never delete `step`, whatever `keep` says, until `unpin`. Collective.
+
+        `name` (default `step-<N>`) is of `[a-z0-9._-]`; pinned again, it moves. `NotFound` if there is no such step.
+        """
+        self._check_open()
+        require_equal(self._ranks, "pin", (step, name))
+        self._on_log(lambda: pin(self._run, step_number(step), checked_name(name)))
+
+    def unpin(self, name: str) -> None:
+        """Let go of a pin; `keep` counts again for its step. Collective. `NotFound` if there is none of this name."""
+        self._check_open()
+        require_equal(self._ranks, "unpin", name)
+        self._on_log(lambda: unpin(self._run, name))
+
+    def delete(self, step: int) -> None:
+        """Have `step` deleted once a newer one has become durable. Collective.
+
+        `Incompatible` for the newest step, a pinned one, and the one that this job went on from.
+        """
+        self._check_open()
+        require_equal(self._ranks, "delete", step)
+        self._on_log(lambda: ask_to_delete(self._run, find_commit(self._run.log.read(), step_number(step))))
+
+    def _on_log(self, act: Callable[[], object]) -> None:
+        """On rank 0, for all: they return or raise alike."""
+
+        def acted() -> bytes:
+            act()
+            return b""
+
+        on_first(self._ranks, acted)
 
     # Ending
 
@@ -373,8 +419,9 @@ def _check_fencing(run: RunDirectory, strict: bool) -> None:
         return
     if strict:
         raise Incompatible(
-            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart. "
-            "If you promise that one job writes at a time, pass strict_fencing=False."
+            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart "
+            f"(`ckpt doctor {run.url}` shows what was tried). If you promise that one job writes at a time, pass "
+            "strict_fencing=False."
         )
     log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)
 

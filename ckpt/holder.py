@@ -26,7 +26,7 @@ from ckpt.manifest import (
     Manifest,
     data_name,
     decode_manifest,
-    digest,
+    matches,
     part_name,
 )
 from ckpt.records import Commit, Start, parse_attempt
@@ -134,8 +134,11 @@ class Holder:
         """Commit the newest complete attempt that the generations before left uncommitted on top of the head.
 
         Its files were durable before its MANIFEST was written; sizes and the digests of all parts are checked
-        again here, and the restore that follows verifies what it reads.
+        again here, and the restore that follows verifies what it reads. Where records are signed nothing is adopted:
+        nobody vouches for a MANIFEST that no record names.
         """
+        if self.run.log.signs:
+            return None
         previous = _before(self.view)
         for name in reversed(self.run.attempts()):
             if name in self.view.commits or name in self.view.retired or self._passed(name):
@@ -171,7 +174,7 @@ class Holder:
             if store.size(path(name, data_name(rank))) != ref.data_bytes:
                 raise Corrupt(f"{path(name, data_name(rank))} has another size than its manifest says")
             part = store.read(path(name, part_name(rank)), limit_bytes=PART_LIMIT_BYTES)
-            if len(part) != ref.part_bytes or digest(part) != ref.part_digest:
+            if len(part) != ref.part_bytes or not matches(part, ref.part_digest):
                 raise Corrupt(f"{path(name, part_name(rank))} does not match its manifest")
         return manifest, data
 
@@ -208,7 +211,7 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
             nonce=nonce,
             step=manifest.step,
             attempt=manifest.attempt,
-            manifest_digest=digest(data).hex(),
+            manifest_digest=run.digest(data).hex(),
             manifest_bytes=len(data),
             content_digest=manifest.content_digest.hex(),
             metrics=manifest.metrics,
@@ -220,12 +223,14 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
 
 
 def apply_retention(
-    run: RunDirectory, keep: Keep, generation: int, holder_nonce: str, in_flight: Collection[str] = ()
+    run: RunDirectory, keep: Keep | None, generation: int, holder_nonce: str, in_flight: Collection[str] = ()
 ) -> None:
-    """In the name of the newest start: record what leaves under `keep`, then delete it.
+    """In the name of the newest start: record what leaves under `keep` and what was asked to be deleted; delete it.
 
     Deletes nothing unless its record is durable; `Fenced` if a newer start has taken over.
     """
+    if keep is None and not run.log.view.asked_to_delete():
+        return
     run.check_unchanged()
     plan = plan_retention(run.log.read(), keep, run.attempts(), in_flight)
     carry_out(run, plan, generation, holder_nonce)
@@ -253,7 +258,7 @@ def _delete_attempt(run: RunDirectory, attempt: str) -> None:
 
 def find_commit(view: View, step: int | None) -> Commit:
     """The commit of `step` in the lineage (None: the head). `NotFound` names what there is."""
-    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+    lineage = view.standing()
     if step is None and lineage:
         return lineage[-1]
     for commit in lineage:

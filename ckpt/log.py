@@ -11,7 +11,8 @@ The rules, all of them:
 - Slots are numbered from 0 without a gap. A slot holds one record, or is void (a crash on a store without hard links).
 - A `start` counts if its generation is the current one + 1 and its base is None or a commit that counted.
 - A `commit` counts if it is of the current generation, its parent is the head and its step is above the head's.
-- `pin` and `retire` count if they are of the current generation; a `request` always does.
+- `retire` counts if it is of the current generation; a `request` always does.
+- A `pin` counts if its attempt is a commit that was not retired, `unpin` if there is such a pin; both of any writer.
 - Whatever does not count is kept in `View.ignored`, with the reason: also kinds that a later minor version adds.
 - Head: the newest generation's last commit, else the commit its start is based on. Lineage: the head's parents.
 """
@@ -24,8 +25,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from ckpt.errors import Fenced, Incompatible, NotFound
-from ckpt.records import Commit, Entry, Pin, Request, Retire, Start, Unknown
+from ckpt.records import Commit, Entry, Pin, Request, Retire, Start, Unknown, Unpin
 
+DELETE: Final = "delete"  # the verb of a request
 HEAD: Final = "head"  # `decide_start(base=HEAD)`: go on from where the log ends; no attempt can have this name
 
 
@@ -62,8 +64,12 @@ class View:
         return _Fold(self).apply(entries).view()
 
     def lineage(self) -> tuple[Commit, ...]:
-        """The head and its parents, oldest first. Retired ones are among them: ask `retired`."""
+        """The head and its parents, oldest first, the retired ones too: ask `standing` for what can be restored."""
         return self.lineage_of(self.head.attempt) if self.head else ()
+
+    def standing(self) -> list[Commit]:
+        """The steps that can be restored, oldest first: the lineage but for what was retired."""
+        return self._not_retired(self.lineage())
 
     def lineage_of(self, attempt: str) -> tuple[Commit, ...]:
         """The commit of `attempt` and its parents, oldest first; raises KeyError if it never counted."""
@@ -78,6 +84,18 @@ class View:
         """The commits that counted and are not in the lineage (left behind by going back), in slot order."""
         inside = {commit.attempt for commit in self.lineage()}
         return tuple(commit for attempt, commit in self.commits.items() if attempt not in inside)
+
+    def standing_outside(self) -> list[Commit]:
+        """Those of them that were not retired: going back to one of them is still possible."""
+        return self._not_retired(self.outside())
+
+    def asked_to_delete(self) -> frozenset[str]:
+        """The commits that requests name and that still stand."""
+        asked = (request.arguments.get("attempt", "") for _, request in self.requests if request.verb == DELETE)
+        return frozenset(attempt for attempt in asked if attempt in self.commits and attempt not in self.retired)
+
+    def _not_retired(self, commits: Iterable[Commit]) -> list[Commit]:
+        return [commit for commit in commits if commit.attempt not in self.retired]
 
 
 def replay(entries: Iterable[Entry]) -> View:
@@ -118,9 +136,16 @@ class _Fold:
             return None
         if isinstance(entry, Start):
             return self._why_not_start(entry)
+        if isinstance(entry, Pin):
+            return None if self._stands(entry.attempt) else f"pins {entry.attempt}, which is not there"
+        if isinstance(entry, Unpin):
+            return None if entry.name in self.pins else f"lets go of {entry.name}, which is no pin"
         if entry.generation != self.generation:
             return f"of generation {entry.generation} while {self.generation} was current"
         return self._why_not_commit(entry) if isinstance(entry, Commit) else None
+
+    def _stands(self, attempt: str) -> bool:
+        return attempt in self.commits and attempt not in self.retired
 
     def _why_not_start(self, start: Start) -> str | None:
         if start.generation != self.generation + 1:
@@ -149,6 +174,8 @@ class _Fold:
             self.commits[record.attempt] = record
         elif isinstance(record, Pin):
             self.pins[record.name] = record
+        elif isinstance(record, Unpin):
+            del self.pins[record.name]
         elif isinstance(record, Retire):
             self.retired.update(record.attempts)
         elif isinstance(record, Request):
@@ -231,11 +258,18 @@ def decide_commit(
     )  # fmt: skip
 
 
-def decide_pin(view: View, *, generation: int, holder_nonce: str, nonce: str, attempt: str, name: str) -> Pin:
-    """The pin of a committed attempt under `name`. Raises Fenced; NotFound if it is no commit or was retired."""
-    _check_fence(view, generation, holder_nonce)
+def decide_pin(view: View, *, nonce: str, attempt: str, name: str) -> Pin:
+    """The pin of a committed attempt under `name`, by anyone. Raises NotFound if it is no commit or was retired."""
     _check_base(view, attempt)
-    return Pin(generation=generation, nonce=nonce, attempt=attempt, name=name)
+    return Pin(nonce=nonce, attempt=attempt, name=name)
+
+
+def decide_unpin(view: View, *, nonce: str, name: str) -> Unpin:
+    """The end of the pin `name`, by anyone. Raises NotFound if there is none."""
+    if name not in view.pins:
+        known = ", ".join(sorted(view.pins)[:8]) or "none"
+        raise NotFound(f"no step is pinned as {name!r:.200}. Pins of this run: {known}; `ckpt ls` shows them")
+    return Unpin(nonce=nonce, name=name)
 
 
 def decide_retire(view: View, *, generation: int, holder_nonce: str, nonce: str, attempts: Iterable[str]) -> Retire:

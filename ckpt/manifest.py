@@ -10,12 +10,13 @@ while parsing, and every number and name after it; anything wrong is `Corrupt`.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 import xxhash
@@ -32,6 +33,7 @@ PART_LIMIT_BYTES = 1 << 30
 BLOCK_BYTES = 256 * 1024
 """Raw bytes under one digest; counted from the first byte of a chunk."""
 DIGEST_BYTES = 16
+STRONG_DIGEST_BYTES = 32
 MAX_DIMS = 64
 MAX_WORLD = 1 << 22
 MAX_SPLIT_FACTOR = 1 << 16
@@ -39,11 +41,22 @@ _MAX_BYTES = 1 << 62
 _ATTEMPT = re.compile(r"[0-9]{9,19}\.[a-z0-9_-][a-z0-9._-]{0,200}")
 
 T = TypeVar("T")
+Digest: TypeAlias = Callable[[bytes | memoryview], bytes]
 
 
 def digest(data: bytes | memoryview) -> bytes:
     """xxh3_128 of `data`, 16 bytes, big endian."""
     return xxhash.xxh3_128_digest(data)
+
+
+def strong_digest(data: bytes | memoryview) -> bytes:
+    """SHA-256 of `data`, 32 bytes: nobody can make other bytes that have it. Used where records are signed."""
+    return hashlib.sha256(data).digest()
+
+
+def matches(data: bytes | memoryview, expected: bytes) -> bool:
+    """Whether `expected` is a digest of `data`; its length says which."""
+    return (strong_digest if len(expected) == STRONG_DIGEST_BYTES else digest)(data) == expected
 
 
 def part_name(rank: int) -> str:
@@ -55,7 +68,7 @@ def data_name(rank: int) -> str:
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A stored Slice. Row-major raw bytes; `digests` holds one xxh3_128 for each BLOCK_BYTES of them."""
+    """A stored Slice. Row-major raw bytes; `digests` holds one digest for each BLOCK_BYTES of them."""
 
     key: str
     offset: tuple[int, ...]
@@ -74,6 +87,11 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     @property
     def raw_bytes(self) -> int:
         return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def digest_bytes(self) -> int:
+        """Bytes of the digest of one block."""
+        return len(self.digests) // -(-self.raw_bytes // BLOCK_BYTES)
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,6 +180,12 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     metrics: dict[str, float]
 
 
+def content_digest_of(world: World, parts: Iterable[bytes]) -> bytes:
+    """Digest of what a step holds, from those of its parts: the same in every tier and every place it is copied to."""
+    layouts = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
+    return digest(layouts + b"".join(parts))
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     fields = {name: getattr(manifest, name) for name in Manifest.__struct_fields__}
     wire = _Manifest(**{**fields, "world": _world_to_wire(manifest.world)})
@@ -188,7 +212,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     for ref in wire.parts:
         _require_bytes(where, "part", ref.part_bytes, PART_LIMIT_BYTES)
         _require_bytes(where, "data file", ref.data_bytes, _MAX_BYTES)
-        if len(ref.part_digest) != DIGEST_BYTES:
+        if len(ref.part_digest) not in (DIGEST_BYTES, STRONG_DIGEST_BYTES):
             raise Corrupt(f"{where}: the digest of a part has {len(ref.part_digest)} bytes")
     fields = {name: getattr(wire, name) for name in _Manifest.__struct_fields__}
     return Manifest(**{**fields, "world": world})
@@ -310,7 +334,8 @@ def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
         raise ValueError(f"chunk of {chunk.key}: {chunk.stored_bytes} stored bytes, its shape needs {spec.nbytes}")
     if chunk.at < 0 or chunk.at + chunk.stored_bytes > data_bytes:
         raise ValueError(f"chunk of {chunk.key}: bytes {chunk.at}+{chunk.stored_bytes} reach outside the data file")
-    if len(chunk.digests) != -(-spec.nbytes // BLOCK_BYTES) * DIGEST_BYTES:
+    blocks = -(-spec.nbytes // BLOCK_BYTES)
+    if len(chunk.digests) not in (blocks * DIGEST_BYTES, blocks * STRONG_DIGEST_BYTES):
         raise ValueError(f"chunk of {chunk.key}: {len(chunk.digests)} bytes of digests for {spec.nbytes} bytes")
 
 

@@ -17,11 +17,12 @@ from ckpt.agreement import on_first, require_equal, together
 from ckpt.errors import Corrupt, DeadlineExceeded, Incompatible, NotFound
 from ckpt.holder import find_commit
 from ckpt.keeper.ram import RamTier
-from ckpt.log import View
 from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
 from ckpt.run import RunDirectory
+from ckpt.store import Store
+from ckpt.stores import open_store
 
 log = logging.getLogger("ckpt")
 
@@ -51,7 +52,7 @@ def restore(
         chosen = choose_together(ranks, lambda: find_commit(run.log.read(), step), run, True)
         assert chosen is not None
         done = restore_or_fall_back(
-            ranks, run, chosen, state, relaxed, fallback, lambda: restorable(run.log.view), chosen=step is not None
+            ranks, run, chosen, state, relaxed, fallback, lambda: run.log.view.standing(), chosen=step is not None
         )
         return done.step
     finally:
@@ -68,8 +69,9 @@ def follow(
     """
     seen: str | None = None
     deadline = time.monotonic() + timeout_s
+    store = open_store(url)
     while True:
-        head = _head(url)
+        head = _head(store)
         if head is not None and head.attempt != seen and (after is None or head.step > after):
             seen = head.attempt
             yield head
@@ -80,17 +82,12 @@ def follow(
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.0)))
 
 
-def _head(url: str | os.PathLike[str]) -> Commit | None:
+def _head(store: Store) -> Commit | None:
     try:
-        found = restorable(RunDirectory.open(url).log.read())
+        found = RunDirectory.at(store).log.read().standing()
     except NotFound:
         return None
     return found[-1] if found else None
-
-
-def restorable(view: View) -> list[Commit]:
-    """The lineage, oldest first, but for what retention has deleted."""
-    return [commit for commit in view.lineage() if commit.attempt not in view.retired]
 
 
 def choose_together(

@@ -27,7 +27,7 @@ from ckpt.adapt.values import dtype_from_name
 from ckpt.buffers import each, narrow, typed
 from ckpt.datafile import STEP_BYTES, DataFile
 from ckpt.errors import Corrupt, Incompatible, StorageError
-from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, digest
+from ckpt.manifest import BLOCK_BYTES, digest, matches
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Copy, Fetch, LoadPlan, Segment, copy_boxes
 from ckpt.sharding import ITEMSIZE
 from ckpt.slices import Slice, flat_span
@@ -90,7 +90,7 @@ def verify_chunks(file: DataFile, segments: Iterable[Segment]) -> Iterator[tuple
         try:
             view = bytes_view(buffer)[: segment.stop - segment.start]
             file.read(segment.chunk.at + segment.start, view)
-            _verify(file.name, segment, view, segment.start)
+            verify(file.name, segment, view, segment.start)
         except (Corrupt, StorageError) as error:
             cause = error.__cause__
             if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
@@ -218,7 +218,7 @@ def _in_place(file: DataFile, fetch: Fetch, target: memoryview) -> None:
     for start in range(0, fetch.nbytes, nbytes):
         step = target[start : start + nbytes]
         file.read(fetch.at + start, step)
-        _verify(file.name, segment, step, segment.start + start)
+        verify(file.name, segment, step, segment.start + start)
 
 
 def _cold_in_place(file: DataFile, fetch: Fetch, buffer: torch.Tensor, target: memoryview) -> None:
@@ -227,7 +227,7 @@ def _cold_in_place(file: DataFile, fetch: Fetch, buffer: torch.Tensor, target: m
     into = ctypes.addressof(ctypes.c_ubyte.from_buffer(target))
     for start in range(0, fetch.nbytes, STEP_BYTES):
         stop = min(start + STEP_BYTES, fetch.nbytes)
-        _verify(file.name, segment, memory[first + start : first + stop], segment.start + start)
+        verify(file.name, segment, memory[first + start : first + stop], segment.start + start)
         ctypes.memmove(into + start, buffer.data_ptr() + first + start, stop - start)  # releases the GIL
 
 
@@ -239,17 +239,17 @@ def _through_buffer(file: DataFile, turn: _Turn, buffer: torch.Tensor, tensors: 
         file.read(fetch.at, memory[: fetch.nbytes])
     for segment in fetch.segments:
         at = first + segment.chunk.at + segment.start - fetch.at
-        _verify(file.name, segment, memory[at : at + segment.stop - segment.start], segment.start)
+        verify(file.name, segment, memory[at : at + segment.stop - segment.start], segment.start)
         for copy in segment.copies:
             _copy_out(file.name, segment, copy, buffer, at, tensors[copy.target])
 
 
-def _verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:
+def verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:
     """`memory` holds the chunk's raw bytes from `first`, on a block border, on."""
-    digests, chunk = segment.chunk.digests, segment.chunk
+    chunk, nbytes = segment.chunk, segment.chunk.digest_bytes
     for start in range(0, len(memory), BLOCK_BYTES):
         block = (first + start) // BLOCK_BYTES
-        if digest(memory[start : start + BLOCK_BYTES]) != digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
+        if not matches(memory[start : start + BLOCK_BYTES], chunk.digests[block * nbytes : (block + 1) * nbytes]):
             raise Corrupt(
                 f"{path}: tensor {chunk.key} at {list(chunk.offset)} is damaged: block {block}, file bytes "
                 f"{chunk.at + block * BLOCK_BYTES} and on, does not match its digest"

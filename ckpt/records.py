@@ -25,6 +25,7 @@ _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]*")
 _ATTEMPT_NAME = re.compile(r"([0-9]{9,19})\.([a-z0-9_-][a-z0-9._-]*)")
 _SLOT_NAME = re.compile(r"([0-9]{10})\.json")
 _HEX_DIGITS = re.compile(r"(?:[0-9a-f]{2}){1,64}")
+_SIGNED = re.compile(rb'(.*),"signature":"([0-9a-f]{64})","digest":"[0-9a-f]{32}"}\n', re.DOTALL)
 _NON_FINITE = ("inf", "-inf", "nan")
 
 
@@ -62,11 +63,20 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="c
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pin"):
-    """Retention never takes `attempt` while `name` points to it. The same name pinned again moves."""
+    """Retention never takes `attempt` while `name` points to it. The same name pinned again moves.
 
-    generation: int
+    It names no generation: anyone may pin, and fences nobody.
+    """
+
     nonce: str
     attempt: str
+    name: str
+
+
+class Unpin(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="unpin"):
+    """`name` points nowhere from now on."""
+
+    nonce: str
     name: str
 
 
@@ -79,7 +89,7 @@ class Retire(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="r
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="request"):
-    """What a command asks of the live holder. It names no generation: anyone may ask."""
+    """What is asked of the holder. It names no generation: anyone may ask. The only verb is `delete` {attempt}."""
 
     nonce: str
     verb: str
@@ -94,9 +104,11 @@ class Unknown:
     nonce: str
 
 
-Record: TypeAlias = Start | Commit | Pin | Retire | Request
+Record: TypeAlias = Start | Commit | Pin | Unpin | Retire | Request
 Entry: TypeAlias = Record | Unknown | None  # what a slot can hold; None is a void slot
-_KINDS: dict[str, type[Record]] = {"start": Start, "commit": Commit, "pin": Pin, "retire": Retire, "request": Request}
+_KINDS: dict[str, type[Record]] = {
+    "start": Start, "commit": Commit, "pin": Pin, "unpin": Unpin, "retire": Retire, "request": Request
+}  # fmt: skip
 
 
 def is_name(text: object) -> bool:
@@ -166,8 +178,8 @@ def _problem(record: Record) -> str | None:
     return None
 
 
-def encode_record(record: Record) -> bytes:
-    """One line of JSON; its last field is the digest of what stands before it.
+def encode_record(record: Record, sign: Callable[[bytes], bytes | None] = lambda body: None) -> bytes:
+    """One line of JSON; its last field is the digest of what stands before it, the one before it may be a signature.
 
     Raises ValueError if the record breaks a rule or exceeds 64 KiB.
 
@@ -180,6 +192,8 @@ def encode_record(record: Record) -> bytes:
         metrics = ((name, float(value)) for name, value in record.metrics.items())
         fields["metrics"] = {name: value if math.isfinite(value) else str(value) for name, value in metrics}
     body = msgspec.json.encode(fields)[:-1]
+    if signature := sign(body):
+        body += b',"signature":"' + signature.hex().encode() + b'"'
     data = body + seal(body)
     if len(data) <= RECORD_LIMIT_BYTES:
         decode_record(data)  # what no reader could read must never stand in the log
@@ -211,6 +225,12 @@ def decode_record(data: bytes) -> Record | Unknown:
 def seal(body: bytes) -> bytes:
     """The end of a record: without it a flipped bit in `parent` would take an acknowledged step out of the lineage."""
     return b',"digest":"' + xxhash.xxh3_128_hexdigest(body).encode() + b'"}\n'
+
+
+def signature_of(data: bytes) -> tuple[bytes, bytes]:
+    """The bytes of a record that were signed, and the signature; b"" for both if there is none."""
+    match = _SIGNED.fullmatch(data)
+    return (match[1], bytes.fromhex(match[2].decode())) if match else (b"", b"")
 
 
 def is_incomplete(data: bytes) -> bool:

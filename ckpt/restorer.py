@@ -32,7 +32,7 @@ from ckpt.manifest import (
     data_name,
     decode_manifest,
     decode_part,
-    digest,
+    matches,
     part_name,
 )
 from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
@@ -65,7 +65,7 @@ class StepReader:
     ) -> None:
         self.run, self.commit, self._ram = run, commit, ram
         data = manifest_data or self._metadata("MANIFEST", min(commit.manifest_bytes, MANIFEST_LIMIT_BYTES))
-        if len(data) != commit.manifest_bytes or digest(data).hex() != commit.manifest_digest:
+        if len(data) != commit.manifest_bytes or not matches(data, bytes.fromhex(commit.manifest_digest)):
             raise self._damaged("MANIFEST", f"its bytes are not those that the commit of step {commit.step} names")
         self.manifest_data = data
         self._parts: dict[int, Part] = {}
@@ -101,7 +101,7 @@ class StepReader:
         if rank not in self._parts:
             name, ref = part_name(rank), self.manifest.parts[rank]
             data = self._in_ram(rank) or self._metadata(name, min(ref.part_bytes, PART_LIMIT_BYTES))
-            if len(data) != ref.part_bytes or digest(data) != ref.part_digest:
+            if len(data) != ref.part_bytes or not matches(data, ref.part_digest):
                 raise self._damaged(name, "its bytes are not those that the MANIFEST names")
             part = decode_part(data, self._where(name))
             check_part(part, self.manifest, rank, self._where(name))
@@ -128,7 +128,7 @@ class StepReader:
             whole = os.stat(self._ram.data(attempt, rank)).st_size >= ref.data_bytes
         except OSError:
             return None
-        if not whole or len(data) != ref.part_bytes or digest(data) != ref.part_digest:
+        if not whole or len(data) != ref.part_bytes or not matches(data, ref.part_digest):
             return None
         self._ranks_in_ram.add(rank)
         return data

@@ -13,8 +13,9 @@ from typing import Literal
 
 import msgspec
 
-from ckpt.log import View
-from ckpt.records import Commit, parse_attempt
+from ckpt.errors import Incompatible, NotFound
+from ckpt.log import DELETE, View
+from ckpt.records import Commit, Request, parse_attempt
 
 
 class Best(msgspec.Struct, frozen=True):
@@ -68,27 +69,27 @@ class Plan:
         return (*(commit.attempt for commit in self.leaving), *self.abandoned)
 
 
-def plan_retention(view: View, keep: Keep, present: Iterable[str] = (), in_flight: Collection[str] = ()) -> Plan:
-    """What leaves under `keep`. `present`: attempts that have a directory; those `in_flight` are left alone."""
-    lineage = [commit for commit in view.lineage() if commit.attempt not in view.retired]
+def plan_retention(view: View, keep: Keep | None, present: Iterable[str] = (), in_flight: Collection[str] = ()) -> Plan:
+    """What leaves under `keep` (None: nothing), and what was asked to be deleted.
+
+    `present`: attempts that have a directory; those `in_flight` are left alone.
+    """
+    lineage = view.standing()
     if not lineage:
         return Plan({}, (), ())
-    head = lineage[-1]
-    kept = {commit.attempt: reason for commit, reason in _reasons(lineage, keep)}
+    head, asked = lineage[-1], view.asked_to_delete()
+    kept = {name: reason for name, reason in _kept_by_rule(view, lineage, keep).items() if name not in asked}
+    kept.setdefault(head.attempt, "the newest step")
     if view.holder is not None and view.holder.base is not None:
         kept.setdefault(view.holder.base, "the step that this generation went on from")
     kept.update({pin.attempt: f"pinned as {name}" for name, pin in view.pins.items()})
-    inside = {commit.attempt for commit in lineage}
-    for commit in view.commits.values():
-        if commit.attempt not in inside and commit.step > head.step:
-            kept.setdefault(commit.attempt, "left behind by going back, and not passed again")
-    standing = [commit for commit in view.commits.values() if commit.attempt not in view.retired]
+    standing = [*lineage, *view.standing_outside()]
     leaving = [commit for commit in standing if commit.attempt not in kept]
     abandoned = [
         name
         for name in present
         if name not in view.commits and name not in view.retired and name not in in_flight
-        if (parsed := parse_attempt(name)) is not None and parsed[0] <= head.step
+        if keep is not None and (parsed := parse_attempt(name)) is not None and parsed[0] <= head.step
     ]
     names = {commit.attempt for commit in standing}
     return Plan(
@@ -96,6 +97,27 @@ def plan_retention(view: View, keep: Keep, present: Iterable[str] = (), in_fligh
         tuple(sorted(leaving, key=lambda commit: (commit.step, commit.attempt))),
         tuple(sorted(abandoned)),
     )
+
+
+def decide_delete(view: View, *, nonce: str, attempt: str) -> Request:
+    """The request to delete a committed attempt. Raises NotFound if it is not there, Incompatible if it has to stay."""
+    request = Request(nonce=nonce, verb=DELETE, arguments={"attempt": attempt})
+    following = view.after(request)
+    if attempt not in following.asked_to_delete():
+        raise NotFound(f"{attempt} is not there (any more); `ckpt ls` lists what there is. Nothing was asked for")
+    if reason := plan_retention(following, None).kept.get(attempt):
+        raise Incompatible(f"{attempt} cannot be deleted: {reason}. Nothing was asked for")
+    return request
+
+
+def _kept_by_rule(view: View, lineage: list[Commit], keep: Keep | None) -> dict[str, str]:
+    """Why the attempts that stay do, but for what stays whatever the rule is."""
+    outside, head = view.standing_outside(), lineage[-1]
+    if keep is None:
+        return {commit.attempt: "there is no rule" for commit in (*lineage, *outside)}
+    kept = {commit.attempt: reason for commit, reason in _reasons(lineage, keep)}
+    back = "left behind by going back, and not passed again"
+    return kept | {commit.attempt: back for commit in outside if commit.step > head.step}
 
 
 def _reasons(lineage: list[Commit], keep: Keep) -> Iterable[tuple[Commit, str]]:

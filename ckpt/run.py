@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
@@ -17,14 +18,17 @@ import msgspec
 
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound, StorageError
 from ckpt.log import View
+from ckpt.manifest import Digest, digest, strong_digest
 from ckpt.records import (
     RECORD_LIMIT_BYTES,
     Commit,
     Entry,
     Pin,
+    Record,
     Request,
     Retire,
     Start,
+    Unpin,
     decode_record,
     encode_record,
     is_incomplete,
@@ -33,6 +37,7 @@ from ckpt.records import (
     parse_slot,
     slot_name,
 )
+from ckpt.signing import Chain, signing_key
 from ckpt.store import AlreadyExists, OutcomeUnknown, Store
 from ckpt.stores import open_store
 
@@ -45,10 +50,12 @@ LOG: Final = "log"
 STEPS: Final = "steps"
 
 _TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appended
-_UNKNOWN_LIMIT = 3  # creates of unknown outcome
+_UNKNOWN_LIMIT = 12  # creates of unknown outcome, 40 s of waiting in all; what stands there is read after each
+_UNKNOWN_WAIT_S = 8.0
+_READ_AT_ONCE = 16  # slots, where the store is reached by requests
 _LOOK_S = 0.05
 
-RecordT = TypeVar("RecordT", Start, Commit, Pin, Retire, Request)
+RecordT = TypeVar("RecordT", Start, Commit, Pin, Unpin, Retire, Request)
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,11 +91,16 @@ class RunDirectory:
             store.make_directory(LOG)
             store.make_directory(STEPS)
         found = _read_format(store) or _missing_format(store, create)
-        return cls(store, found, RunLog(store))
+        return cls(store, found, RunLog(store, chain=Chain(signing_key(), found.nonce)))
 
     @property
     def url(self) -> str:
         return self.store.url
+
+    @property
+    def digest(self) -> Digest:
+        """What vouches for the files of this run: where records are signed, a digest that nobody can match."""
+        return strong_digest if self.log.signs else digest
 
     def check_unchanged(self) -> None:
         """Raise Fenced if another run stands in this place by now: its log is not the one that we read."""
@@ -122,11 +134,19 @@ class RunDirectory:
 class RunLog:
     """The log of the run in `store`. One user at a time: a thread that needs it too opens its own.
 
-    On a store whose creates are not atomic, a slot that stays incomplete for `settle_s` is void.
+    On a store whose creates are not atomic, a slot that stays incomplete for `settle_s` is void. Where `chain` has a
+    key, records are signed, and others refused.
     """
 
-    def __init__(self, store: Store, *, settle_s: float = 2.0, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: Store,
+        *,
+        chain: Chain = Chain(),  # noqa: B008
+        settle_s: float = 2.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._store, self._chain = store, chain
         self._settle_s = settle_s
         self._sleep = sleep
         self._view = View()
@@ -135,6 +155,11 @@ class RunLog:
     def view(self) -> View:
         """What was read last; touches no storage."""
         return self._view
+
+    @property
+    def signs(self) -> bool:
+        """Whether what this log appends is signed, and what it reads verified."""
+        return self._chain.key is not None
 
     def read(self) -> View:
         """Read what was appended since, to the end of the log. Raises Corrupt for a gap or a damaged record."""
@@ -157,17 +182,21 @@ class RunLog:
                 return cast(RecordT, standing)
             if len(unknown) == _UNKNOWN_LIMIT:
                 raise unknown[-1]
+            if unknown:
+                self._sleep(min(_LOOK_S * 2 ** len(unknown), _UNKNOWN_WAIT_S))
             record = decide(self._view)
             following = _view_with(self._view, record)
+            slot = self._view.next_slot
+            data = encode_record(record, self._chain.sign)
             tried.add(record.nonce)
             try:
-                self._store.create(_slot_path(self._view.next_slot), encode_record(record))
+                self._store.create(_slot_path(slot), data)
             except AlreadyExists:
                 continue
             except OutcomeUnknown as error:
                 unknown.append(error)
                 continue
-            self._view = following
+            self._view, self._chain = following, self._chain.after(data)
             return record
         raise StorageError(f"append to the log of {self._store.url}: lost the next slot {_TRIES_LIMIT} times in a row")
 
@@ -190,8 +219,17 @@ class RunLog:
         return mine[0] if mine else None
 
     def _read_new(self) -> list[Entry]:
-        entries = [self._entry(slot) for slot in range(self._view.next_slot, self._end())]
-        self._view = self._view.extend(entries)
+        slots = range(self._view.next_slot, self._end())
+        if len(slots) > 1 and self._store.local_path(LOG) is None:
+            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+                found = list(pool.map(self._slot, slots))
+        else:
+            found = list(map(self._slot, slots))
+        entries, chain = list[Entry](), self._chain
+        for slot, data in zip(slots, found, strict=True):
+            entry, chain = self._entry(slot, data, chain)
+            entries.append(entry)
+        self._view, self._chain = self._view.extend(entries), chain
         return entries
 
     def _end(self) -> int:
@@ -206,17 +244,24 @@ class RunLog:
             raise Corrupt(f"the log of {self._store.url} had {known} records and now has {end}: was the run deleted?")
         return end
 
-    def _entry(self, slot: int) -> Entry:
+    def _slot(self, slot: int) -> bytes | None:
         path = _slot_path(slot)
         try:
-            data = self._settled(path)
-            return None if data is None else decode_record(data)
+            return self._settled(path)
         except NotFound as error:
             raise Corrupt(
                 f"{self._store.url}: {path} is missing although later records exist. Copy the whole directory again"
             ) from error
         except Corrupt as error:
             raise Corrupt(f"{self._store.url}: {path}: {error}") from error
+
+    def _entry(self, slot: int, data: bytes | None, chain: Chain) -> tuple[Entry, Chain]:
+        if data is None:
+            return None, chain
+        try:
+            return decode_record(data), chain.after(data)
+        except Corrupt as error:
+            raise Corrupt(f"{self._store.url}: {_slot_path(slot)}: {error}") from error
 
     def _settled(self, path: str) -> bytes | None:
         """The bytes of a slot; None if it is void. On an atomic store nothing is: what is cut off is damaged."""
@@ -235,7 +280,7 @@ def _slot_path(slot: int) -> str:
     return f"{LOG}/{slot_name(slot)}"
 
 
-def _view_with(view: View, record: Start | Commit | Pin | Retire | Request) -> View:
+def _view_with(view: View, record: Record) -> View:
     following = view.after(record)
     if len(following.ignored) > len(view.ignored):
         raise ValueError(f"a record without effect was proposed: {following.ignored[-1].reason}")
@@ -277,11 +322,15 @@ def _missing_format(store: Store, create: bool) -> Format:
     if not create:
         raise NotFound(f"no checkpoint at {store.url}: it holds no {FORMAT_PATH}. Is the path right?")
     proposed = Format(name=FORMAT_NAME, major=FORMAT_MAJOR, minor=FORMAT_MINOR, nonce=secrets.token_hex(8))
-    try:
-        store.create(FORMAT_PATH, msgspec.json.encode(proposed) + b"\n")
-    except AlreadyExists:
-        store.sync_directory("")
-    found = _read_format(store)
-    if found is None:
-        raise StorageError(f"{store.url}: {FORMAT_PATH} was created and is not there")
-    return found
+    for waited_s in (0.2, 1.0, 5.0, None):
+        try:
+            store.create(FORMAT_PATH, msgspec.json.encode(proposed) + b"\n")
+        except AlreadyExists:
+            store.sync_directory("")
+        except OutcomeUnknown:
+            if waited_s is None:
+                raise
+            time.sleep(waited_s)
+        if found := _read_format(store):
+            return found
+    raise StorageError(f"{store.url}: {FORMAT_PATH} was created and is not there")

@@ -210,7 +210,10 @@ class Saver:
     def _copy(self, request: _Request, layout: _Layout, called: float, must: bool) -> SaveHandle:
         assert self._began is not None
         collected = request.collected
-        overlapped = collected.overlappable() if self._options.overlap else frozenset[str]()
+        # A ring is emptied in the order in which it was filled; a store that is sent parts wants that of the file.
+        in_file_order = not self._stage.holds and self._run.store.local_path("") is None
+        overlap = self._options.overlap and not in_file_order
+        overlapped = collected.overlappable() if overlap else frozenset[str]()
         copy_plan = layout.copy_plan(overlapped)
         tensors = collected.tensors
         digests_now = replica_digests(layout.shared, collected, request.step, lambda key: key not in overlapped)

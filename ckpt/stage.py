@@ -284,7 +284,7 @@ class Stage:
         self._ring: Ring | None = None
         self._limit, self._nbytes, self._ahead, self._threads = 0, 0, 1, 1
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._running: list[threading.Thread] = []  # one may still make memory ahead when the next one copies
         self._making: object = None
 
     def prepare(self, nbytes: int, limit: int, ahead: int, threads: int) -> None:
@@ -402,8 +402,9 @@ class Stage:
         # A daemon: an interpreter that ends waits for its saves itself, and a killed one for nothing.
         prepare = None if streamed else place.memory
         act = partial(self._rest, copy, len(plan.runs), pending, replicas, prepare)
-        self._thread = threading.Thread(target=act, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=act, daemon=True)
+        self._running = [*(each for each in self._running if each.is_alive()), thread]
+        thread.start()
 
     def _rest(
         self, copy: Copy, runs: int, pending: Pending, replicas: Callable[[], Replicas], prepare: Memory | None
@@ -437,8 +438,9 @@ class Stage:
             self._changed.notify_all()
 
     def _release(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._running:
+            thread.join()
+        self._running = []
         with self._changed:
             self._changed.wait_for(lambda: self._making is None)
             for arena in self._arenas:

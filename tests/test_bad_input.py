@@ -92,7 +92,7 @@ def test_a_step_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_an_address_that_cannot_be_opened(tmp_path: Path) -> None:
-    refused(ckpt.StorageError, lambda s: Checkpointer("gopher://host/run"), "gopher://host/run", "Use a directory")
+    refused(ckpt.StorageError, lambda s: Checkpointer("gopher://host/run"), "gopher://host/run", "Use a path")
     (tmp_path / "file").write_text("")
     refused(ckpt.StorageError, lambda s: Checkpointer(tmp_path / "file"), "file")
 

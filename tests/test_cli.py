@@ -22,7 +22,7 @@ from torch import nn
 
 import ckpt.cli
 from ckpt.check import FINDINGS_LIMIT, check_step
-from ckpt.cli import _age, _plain, _ranges, _short, _size
+from ckpt.cli.shared import age, plain, ranges, short, size
 from ckpt.holder import find_commit
 from ckpt.log import decide_retire
 from ckpt.manifest import BLOCK_BYTES, Part, decode_part
@@ -450,7 +450,7 @@ def test_an_interrupt_exits_130(main: Main, saved: Path, monkeypatch: pytest.Mon
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ckpt.cli, "check_step", interrupted)
+    monkeypatch.setattr(ckpt.cli.verify, "check_step", interrupted)
     assert main("check", saved) == (130, "", "\ninterrupted\n")
 
 
@@ -473,7 +473,7 @@ def test_deleted_steps_are_counted_and_not_checked(run: Path, main: Main) -> Non
     assert main("check", run, "--all")[0] == 0
     assert main("check", run, "--step", "10")[0] == 10
     with pytest.raises(ckpt.NotFound, match="deleted by retention while it was checked"):
-        ckpt.cli._check_steps(directory, [commit])
+        ckpt.cli.verify._check_steps(directory, [commit])
 
 
 def test_a_check_reports_its_progress_to_the_end_and_stops_after_enough_findings(tmp_path: Path) -> None:
@@ -492,9 +492,30 @@ def test_a_check_reports_its_progress_to_the_end_and_stops_after_enough_findings
 
 
 def test_words() -> None:
-    assert [_size(n) for n in (0, 1023, 1024, 1536 << 10)] == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB"]
-    assert [_age(time.time() - s) for s in (0, 59, 61, 7200, 49 * 3600)] == ["0 s", "59 s", "1 min", "2 h", "2 d"]
-    assert [_ranges(ranks) for ranks in ([], [3], [0, 1, 2, 5, 7, 8])] == ["", "3", "0-2,5,7-8"]
-    assert _plain("a\x1b[31mb\n") == "a\\x1b[31mb\\x0a"
-    assert _short({"a": torch.ones(2, 3), "b": "x" * 500}).startswith("{'a': tensor(float32, [2, 3]), 'b': 'xxx")
-    assert len(_short(list(range(10**6)))) <= 200
+    assert [size(n) for n in (0, 1023, 1024, 1536 << 10)] == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB"]
+    assert [age(time.time() - s) for s in (0, 59, 61, 7200, 49 * 3600)] == ["0 s", "59 s", "1 min", "2 h", "2 d"]
+    assert [ranges(ranks) for ranks in ([], [3], [0, 1, 2, 5, 7, 8])] == ["", "3", "0-2,5,7-8"]
+    assert plain("a\x1b[31mb\n") == "a\\x1b[31mb\\x0a"
+    assert short({"a": torch.ones(2, 3), "b": "x" * 500}).startswith("{'a': tensor(float32, [2, 3]), 'b': 'xxx")
+    assert len(short(list(range(10**6)))) <= 200
+
+
+# doctor
+
+
+def test_doctor_of_a_directory(tmp_path: Path) -> None:
+    done = _ckpt("doctor", tmp_path / "run", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["usable"]
+    assert found["fences"]
+    assert {trial["name"] for trial in found["trials"]} == {"put", "list", "data", "delete", "create", "race", "whole"}
+    assert "keeps two jobs in one run apart" in _ckpt("doctor", tmp_path / "run").stdout
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_doctor_of_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = _ckpt("doctor", tmp_path / "file")
+    assert done.returncode == 1
+    assert "cannot be written to" in done.stderr

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from states import bits
 import ckpt
 from ckpt import Checkpointer, CkptError, Corrupt, Incompatible
 from ckpt.manifest import Chunk, Manifest, Part, decode_manifest, decode_part, digest, encode_manifest, encode_part
-from ckpt.records import Commit, decode_record, encode_record
+from ckpt.records import Commit, decode_record, encode_record, seal
 from ckpt.sharding import TensorSpec
 
 Change = Callable[[Any], Any]
@@ -212,3 +214,98 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(CkptError, match=r"r00000\.safetensors"):
         ckpt.restore(tmp_path, target)
     assert bits(target) == bits(state(-1))
+
+
+WATCH = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+import ckpt, ckpt.check, ckpt.cli
+from ckpt import CkptError
+from test_hostile_files import state
+
+def read(url):
+    for act in (lambda: ckpt.restore(url, state(-1)), lambda: ckpt.load(url),
+                lambda: ckpt.cli.cli(["show", url], standalone_mode=False),
+                lambda: ckpt.cli.cli(["check", url, "--all"], standalone_mode=False)):
+        try:
+            act()
+        except CkptError:
+            pass
+
+OURS = ("/proc/sys/kernel/random/boot_id", "/proc/meminfo", "/dev/null")
+armed, seen, allowed = False, [], ()
+
+def hook(event, arguments):
+    if not armed:
+        return
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if not path.startswith(allowed) and path not in OURS:
+            seen.append(["open", path])
+    elif event in ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen",
+                   "ctypes.dlopen", "socket.connect", "pickle.find_class", "os.remove", "os.rename", "os.link",
+                   "os.symlink", "os.mkdir", "os.rmdir", "os.truncate"):
+        seen.append([event, str(arguments)[:200]])
+
+for url in [{warm!r}, *{urls!r}]:
+    read(url)  # what is imported, or made of our own annotations, at its first use; what a file does, it does again
+sys.addaudithook(hook)
+for url in {urls!r}:
+    allowed, armed = (os.path.realpath(url) + os.sep, os.path.realpath(url)), True
+    read(url)
+    armed = False
+if {prove_it_sees!r}:
+    armed = True
+    open("/etc/hostname")
+    eval("1")
+    armed = False
+print("seen:" + json.dumps(seen))
+"""
+
+
+def _watched(warm: Path, urls: list[str], prove_it_sees: bool = False) -> list[list[str]]:
+    code = WATCH.format(tests=str(Path(__file__).parent), warm=str(warm), urls=urls, prove_it_sees=prove_it_sees)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[list[str]] = json.loads(done.stdout.rpartition("seen:")[2])
+    return found
+
+
+def test_no_code_runs_and_nothing_outside_of_the_run_is_opened(tmp_path: Path) -> None:
+    forge(tmp_path / "good")
+    runs = []
+    for number, (change, _) in enumerate(PARTS.values()):
+        forge(tmp_path / f"part{number}", part=change)
+        runs.append(str(tmp_path / f"part{number}"))
+    for number, change in enumerate((_with_spec, lambda m: changed(m, attempt="000000002.aaaa"))):
+        forge(tmp_path / f"manifest{number}", manifest=change)
+        runs.append(str(tmp_path / f"manifest{number}"))
+    for number, (field, value) in enumerate((("attempt", "000000002./etc"), ("parent", ".."), ("kind", "import os"))):
+        forge(run := tmp_path / f"record{number}")
+        slot = max((run / "log").iterdir())
+        body = json.dumps({**json.loads(slot.read_bytes()), field: value}).rpartition(', "digest"')[0].encode()
+        slot.write_bytes(body + seal(body))
+        runs.append(str(run))
+    assert _watched(tmp_path / "good", runs) == []
+
+
+def test_the_hook_sees_what_it_must(tmp_path: Path) -> None:
+    """Otherwise the test above would prove nothing."""
+    forge(tmp_path)
+    events = {event for event, _ in _watched(tmp_path, [], prove_it_sees=True)}
+    assert events >= {"open", "compile", "exec"}
+
+
+@pytest.mark.parametrize("what", ["MANIFEST", "r00000.part", "slot"])
+def test_a_file_that_is_a_link_is_refused(tmp_path: Path, what: str) -> None:
+    attempt = forge(tmp_path / "run")
+    slot = max((tmp_path / "run" / "log").iterdir())
+    place = slot if what == "slot" else attempt / what
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    target = state(-1)
+    before = bits(target)
+    with pytest.raises(CkptError):
+        ckpt.restore(tmp_path / "run", target)
+    assert bits(target) == before

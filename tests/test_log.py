@@ -14,7 +14,7 @@ from msgspec import structs
 
 from ckpt import errors
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible
-from ckpt.log import HEAD, View, decide_commit, decide_pin, decide_retire, decide_start, replay
+from ckpt.log import HEAD, View, decide_commit, decide_pin, decide_retire, decide_start, decide_unpin, replay
 from ckpt.records import (
     NAME_LIMIT,
     RECORD_LIMIT_BYTES,
@@ -26,6 +26,7 @@ from ckpt.records import (
     Retire,
     Start,
     Unknown,
+    Unpin,
     attempt_name,
     decode_record,
     encode_record,
@@ -81,7 +82,6 @@ SCRIPTS = {
         w1 commit 200 -> Fenced
         w2 commit 150
         w1 commit 200 -> Fenced     ; expect lineage=100.w1,150.w2 ignored=0
-        w1 pin 100.w1 mine -> Fenced
         w1 retire 100.w1 -> Fenced
     """,
     "a stale commit that got into the log is not selected": """
@@ -174,6 +174,18 @@ SCRIPTS = {
         w1 pin 300.w1 paper
         w1 retire 100.w1            ; expect retired=100.w1,200.w1,250.failed pins=paper:300.w1
         w1 pin 100.w1 old -> NotFound
+        w1 unpin old -> NotFound
+        w1 unpin paper              ; expect pins=
+    """,
+    "anyone may pin, and fences nobody": """
+        w1 start
+        w1 commit 100
+        w2 pin 100.w1 paper         ; expect generation=1 pins=paper:100.w1
+        w1 commit 200
+        w1 retire 100.w1 -> Incompatible
+        w2 unpin paper
+        w1 retire 100.w1            ; expect retired=100.w1 ignored=0
+        forged 100.w1 late          ; expect pins= ignored=1
     """,
     "slots without effect": """
         void
@@ -215,12 +227,18 @@ class Script:
             return None
         if words == ["unknown"]:
             return Unknown("later", "u")
+        if words[0] == "forged":
+            return Pin(nonce="f", attempt=attempt(words[1]), name=words[2])
         if words[0] == "force":
             return self.force(words[1], words[3:])
         writer, verb, arguments = words[0], words[1], words[2:]
-        return {"start": self.start, "commit": self.commit, "pin": self.pin, "retire": self.retire}[verb](
-            writer, arguments
-        )
+        return {
+            "start": self.start,
+            "commit": self.commit,
+            "pin": self.pin,
+            "unpin": self.unpin,
+            "retire": self.retire,
+        }[verb](writer, arguments)
 
     def start(self, writer: str, arguments: list[str]) -> Record:
         options = dict(argument.partition("=")[::2] for argument in arguments)
@@ -247,9 +265,10 @@ class Script:
 
     def pin(self, writer: str, arguments: list[str]) -> Record:
         nonce = f"p{self.view.next_slot}"
-        return decide_pin(
-            self.view, attempt=attempt(arguments[0]), name=arguments[1], nonce=nonce, **self.as_holder(writer)
-        )
+        return decide_pin(self.view, attempt=attempt(arguments[0]), name=arguments[1], nonce=nonce)
+
+    def unpin(self, writer: str, arguments: list[str]) -> Record:
+        return decide_unpin(self.view, name=arguments[0], nonce=f"u{self.view.next_slot}")
 
     def retire(self, writer: str, arguments: list[str]) -> Record:
         nonce = f"r{self.view.next_slot}"
@@ -331,7 +350,7 @@ HOSTILE = {
     "kind of another type": _sealed(b'{"kind":[],"nonce":"a"}'),
     "no nonce": _sealed(b'{"kind":"later"}'),
     "too large": b'{"kind":"start","nonce":"a","x":"' + b"x" * RECORD_LIMIT_BYTES + b'"}\n',
-    "missing field": _sealed(b'{"kind":"pin","nonce":"a","generation":1,"name":"x"}'),
+    "missing field": _sealed(b'{"kind":"pin","nonce":"a","name":"x"}'),
     "path in the attempt": _patched(attempt="000000100.a/../../etc"),
     "dots only": _patched(attempt="000000100..."),
     "attempt in capitals": _patched(attempt="000000100.A"),
@@ -430,7 +449,8 @@ _commits = st.builds(
 _records: st.SearchStrategy[Record] = st.one_of(
     _starts,
     _commits,
-    st.builds(Pin, generation=_generations, nonce=_names, attempt=_attempts, name=_names),
+    st.builds(Pin, nonce=_names, attempt=_attempts, name=_names),
+    st.builds(Unpin, nonce=_names, name=_names),
     st.builds(Retire, generation=_generations, nonce=_names, attempts=st.lists(_attempts).map(tuple)),
     st.builds(Request, nonce=_names, verb=_names, arguments=st.dictionaries(st.text(max_size=5), st.text(max_size=5))),
 )

@@ -337,7 +337,7 @@ BAD_PARTS: dict[str, tuple[Path, object]] = {
     "another file": ((*CHUNK, 4), "r00001.safetensors"),
     "a file outside": ((*CHUNK, 4), "../../../etc/passwd"),
     "too few digests": ((*CHUNK, 8), b""),
-    "too many digests": ((*CHUNK, 8), bytes(32)),
+    "too many digests": ((*CHUNK, 8), bytes(48)),
     "half a digest": ((*CHUNK, 8), bytes(8)),
     "a field too many": (CHUNK, lambda c: [*c, [[[[]]]]]),
     "a field too few": (CHUNK, lambda c: c[:-1]),

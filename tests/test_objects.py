@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import servers
-from conformance import StoreConformance
+from conformance import StoreConformance, pages
+from jobs import Pool, run_job
+from keepers import forget, kill_keepers, until
+from layouts import assert_same_state, build, full_state
+from proxy import ALL, QUICK, faulty
+from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
 
-from ckpt.store import Store
-from ckpt.stores import open_store
+import ckpt
+from ckpt.doctor import examine
+from ckpt.errors import Incompatible, StorageError
+from ckpt.records import Request
+from ckpt.run import RunDirectory, RunLog
+from ckpt.store import OutcomeUnknown, Store
+from ckpt.stores import open_store, s3
+from ckpt.stores.bucket import Retried
+from ckpt.stores.objects import ObjectStore
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +121,216 @@ class TestRclone(ObjectConformance):
 
     def test_create_is_exclusive_and_makes_parents(self, store: Store, open_again: Callable[[], Store]) -> None:
         pytest.skip("it lies: creates overwrite")
+
+
+# What is found out about them
+
+
+@pytest.mark.parametrize("server", ["moto_server", "ceph_server"])
+def test_doctor_trusts_what_can_be_trusted(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = bucket(monkeypatch, request.getfixturevalue(server))
+    found = examine(open_store(f"{url}/run"))
+    assert [trial.seen for trial in found.trials if not trial.ok] == []
+    assert found.fences
+    assert not open_store(url).exists("run")
+
+
+def test_doctor_finds_the_liar_out(rclone_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in servers.s3_environment(rclone_server).items():
+        monkeypatch.setenv(name, value)
+    found = examine(ObjectStore(Retried(s3.S3Bucket("bucket"), retry_s=2.0), str(uuid.uuid4())))
+    assert found.usable
+    assert not found.fences
+    assert [trial.name for trial in found.trials if not trial.ok] == ["create", "race"]
+
+
+def test_a_store_that_lies_needs_a_promise(
+    rclone_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in servers.s3_environment(rclone_server).items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://bucket/{uuid.uuid4()}"
+    with pytest.raises(Incompatible, match="strict_fencing=False"):
+        ckpt.Checkpointer(url)
+    with ckpt.Checkpointer(url, strict_fencing=False) as checkpointer:
+        assert "your promise" in caplog.text
+        checkpointer.save(1, {"n": 1}, blocking=True)
+    assert ckpt.load(url) == {"n": 1}
+
+
+# Faults on the way
+
+
+def requests_and_data(store: Store, direct: Store, fail: Callable[[bool], None]) -> None:
+    """A run is made, six records and two files are written through faults: what was acknowledged stands there once."""
+    log = RunDirectory.at(store, create=True).log
+    log._sleep = lambda seconds: None
+    for number in range(6):
+        log.append(lambda view, number=number: Request(nonce=f"n{number}", verb="pin", arguments={}))  # type: ignore[misc]
+    with pages(12 << 20) as data:
+        for name in ("r00000.safetensors", "r00001.safetensors"):
+            writer = store.write_data(f"steps/000000001.a/{name}", len(data))
+            for at in range(0, len(data), 3 << 20):
+                writer.write(at, data[at : at + (3 << 20)])
+            writer.finish()
+        store.put("steps/000000001.a/MANIFEST", b"all")
+        fail(False)
+        for name in ("r00000.safetensors", "r00001.safetensors"):
+            assert direct.read(f"steps/000000001.a/{name}", limit_bytes=len(data)) == data
+    view = RunLog(direct).read()
+    assert [request.nonce for _, request in view.requests] == [f"n{number}" for number in range(6)]
+    assert not view.ignored
+    assert direct.read("steps/000000001.a/MANIFEST", limit_bytes=3) == b"all"
+    direct.delete("steps/000000001.a")
+    assert direct.list("") == ["FORMAT.json", "log"]
+
+
+def through_faults(
+    server: str, seed: int, monkeypatch: pytest.MonkeyPatch, *faults: str, rate: float = 0.25
+) -> dict[str, int]:
+    url = bucket(monkeypatch, server)
+    direct = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://"))), "run")
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    with faulty(server, seed, rate, faults) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://"))), "run")
+
+        def fail(on: bool) -> None:
+            proxy.failing = on
+
+        requests_and_data(store, direct, fail)
+        found = direct._bucket._bucket._call("list", "", "list_multipart_uploads").get("Uploads", [])  # type: ignore[attr-defined]
+        assert not found, "unfinished uploads are left"
+        return dict(proxy.met)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_acknowledged_stands_there_once(seed: int, moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    met = through_faults(moto_server, seed, monkeypatch, *QUICK)
+    print(f"seed {seed}: {met}")
+    assert sum(met.values()) > met[""]
+
+
+@pytest.mark.prove
+def test_what_was_acknowledged_stands_there_once_500_times(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(100, 100 + int(os.environ.get("HOLDFAST_STORE_SEEDS", "500"))):
+        print(f"seed {seed}")
+        through_faults(moto_server, seed, monkeypatch, *QUICK)
+
+
+def test_a_store_that_stalls_or_trickles_is_asked_again(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "REQUEST_S", 6.0)
+    monkeypatch.setattr(s3, "SILENT_S", 4)
+    met = through_faults(moto_server, 3, monkeypatch, "stall", "trickle", rate=0.08)
+    assert met.get("stall", 0) + met.get("trickle", 0) > 0
+
+
+@pytest.mark.parametrize("fault", ALL)
+def test_a_storm_ends_at_its_deadline(fault: str, moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket(monkeypatch, moto_server)
+    monkeypatch.setattr(s3, "REQUEST_S", 1.0)
+    with faulty(moto_server, 0, rate=1.0, faults=[fault]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://")), retry_s=3.0), "run")
+        with pytest.raises(StorageError, match=r"put s3://bucket-.*/run/x: gave up after \d+ tries in \d s, the last"):
+            store.put("x", b"data")
+        with pytest.raises(OutcomeUnknown, match=r"create s3://bucket-.*/run/y"):
+            store.create("y", b"data")
+
+
+def test_an_unknown_bucket_and_wrong_keys_say_what_to_do(moto_server: str, ceph_server: str, monkeypatch: Any) -> None:
+    bucket(monkeypatch, ceph_server)
+    with pytest.raises(StorageError, match=r"NoSuchBucket.*is the name of the bucket right"):
+        ckpt.load(f"s3://{uuid.uuid4()}/run")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match="check the credentials"):
+        ckpt.load(f"s3://{uuid.uuid4()}/run")
+
+
+# Runs that live there
+
+
+def save_there(rank: int, world: int, url: str, environment: dict[str, str]) -> dict[str, Any]:
+    os.environ.update(environment)
+    training = build("fsdp2", rank, world, seed=1)
+    with ckpt.Checkpointer(url) as checkpointer:
+        for step in (1, 2, 3):
+            training.train(1)
+            checkpointer.save(step, training.state)
+    return full_state(training.model, training.optim)
+
+
+def restore_from_there(rank: int, world: int, url: str, environment: dict[str, str]) -> tuple[Any, dict[str, Any]]:
+    os.environ.update(environment)
+    training = build("fsdp2", rank, world, seed=2)
+    with ckpt.Checkpointer(url) as checkpointer:
+        step = checkpointer.restore(training.state)
+    return step, full_state(training.model, training.optim)
+
+
+def test_a_run_moves_between_world_sizes(pool: Pool, ceph_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, environment = f"{bucket(monkeypatch, ceph_server)}/run", servers.s3_environment(ceph_server)
+    saved = pool.results(save_there, 2, url, environment)
+    forget()  # what is restored comes from the bucket
+    for world in (1, 3):
+        restored = pool.results(restore_from_there, world, url, environment)
+        assert {step for step, _ in restored} == {3}
+        assert_same_state(saved, [full for _, full in restored])
+    assert json.loads(_ckpt("ls", url, "--json"))["head"] == 3
+    assert "every digest matches" in _ckpt("check", url, "--all")
+
+
+def _ckpt(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "ckpt.cli", *words], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def save_through_faults(rank: int, world: int, url: str, environment: dict[str, str]) -> list[int]:
+    os.environ.update(environment)
+    with ckpt.Checkpointer(url, keep=ckpt.Keep(last=2)) as checkpointer:
+        for step in range(1, 6):
+            checkpointer.save(step, state_of(step, world))
+        checkpointer.wait_until_finished(100)
+        until("all but the two newest steps are deleted", lambda: checkpointer.all_steps() == [4, 5], 60)
+        return checkpointer.all_steps()
+
+
+@pytest.mark.parametrize("seed", [11])
+def test_saves_and_retention_through_faults(seed: int, moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{bucket(monkeypatch, moto_server)}/run"
+    with faulty(moto_server, seed, rate=0.15) as proxy:
+        outcomes = run_job(save_through_faults, 2, url, servers.s3_environment(proxy.url))
+        print(f"seed {seed}: {proxy.met}")
+        proxy.failing = False
+        assert [outcome.result for outcome in outcomes] == [[4, 5]] * 2, [outcome.output for outcome in outcomes]
+        forget()
+    assert json.loads(_ckpt("check", url, "--all", "--json"))["ok"]
+    state = ckpt.load(url)
+    assert steps_seen(state) == {5.0}
+
+
+def die_after_copy(rank: int, world: int, url: str, environment: dict[str, str], kill_keeper: bool) -> None:
+    os.environ.update(environment)
+    checkpointer = ckpt.Checkpointer(url, commit_timeout_s=TIMEOUT_S)
+    checkpointer.save(1, state_of(1, world), blocking=True)
+    checkpointer.save(2, state_of(2, world)).wait_copied()
+    if kill_keeper and rank == 0:
+        kill_keepers(os.environ["CKPT_RAM_DIR"])
+    os._exit(9)
+
+
+@pytest.mark.parametrize("kill_keeper", [False, True])
+def test_workers_and_keeper_die(
+    kill_keeper: bool, pool: Pool, moto_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url, environment = f"{bucket(monkeypatch, moto_server)}/run", servers.s3_environment(moto_server)
+    run_job(die_after_copy, 2, url, environment, kill_keeper)
+    pool.results(set_environment, 2, environment)
+    check_restart(pool, url, 2, {1, 2} if kill_keeper else {2})
+
+
+def set_environment(rank: int, world: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)

@@ -17,7 +17,7 @@ import ckpt
 from ckpt import Best, Keep
 from ckpt.holder import Holder, apply_retention, find_commit
 from ckpt.log import View, decide_retire, replay
-from ckpt.readers import restorable, restore_or_fall_back
+from ckpt.readers import restore_or_fall_back
 from ckpt.records import Commit, Entry, Pin, Retire, Start
 from ckpt.restorer import Relaxed
 from ckpt.retention import plan_retention
@@ -77,7 +77,7 @@ def test_the_rule(keep: Keep, expected: list[int]) -> None:
 
 
 def test_pins_and_the_step_this_generation_went_on_from_stay() -> None:
-    records = [*line(1, 2, 3), Pin(generation=1, nonce="p", attempt=name(1), name="good"), start(2, base=2)]
+    records = [*line(1, 2, 3), Pin(nonce="p", attempt=name(1), name="good"), start(2, base=2)]
     view = replay([*records, commit(2, 5, 2), commit(2, 6, 5)])
     assert kept(view, Keep()) == [1, 2, 6]  # step 3 was left behind, and passed since
 
@@ -138,7 +138,7 @@ def on_disk(path: Path) -> list[int]:
 
 
 def steps_of(path: Path) -> list[int]:
-    return [found.step for found in restorable(RunDirectory.open(path).log.read())]
+    return [found.step for found in RunDirectory.open(path).log.read().standing()]
 
 
 def test_a_run_deletes_what_it_does_not_keep_and_goes_on(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_append_stands_exactly_once_whatever_the_reply(tmp_path: Path, plan: tup
 def test_append_that_never_learns_its_outcome_says_so(tmp_path: Path) -> None:
     RunDirectory.open(tmp_path, create=True)
     with pytest.raises(OutcomeUnknown):
-        RunLog(Faulty(str(tmp_path), *["never"] * 9), sleep=lambda _: None).append(lambda view: a_request("mine"))
+        RunLog(Faulty(str(tmp_path), *["never"] * 20), sleep=lambda _: None).append(lambda view: a_request("mine"))
 
 
 def test_the_loser_of_a_slot_decides_again(tmp_path: Path) -> None:

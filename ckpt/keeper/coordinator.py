@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ckpt import errors
-from ckpt.errors import CkptError, SaveFailed
+from ckpt.errors import CkptError, Incompatible, SaveFailed
 from ckpt.holder import append_commit
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
-from ckpt.manifest import Manifest, decode_world, digest, encode_layout, encode_manifest
+from ckpt.manifest import Manifest, content_digest_of, decode_world, encode_manifest
 from ckpt.records import Commit
 from ckpt.run import RunDirectory
+from ckpt.signing import KEY_VARIABLE
 from ckpt.store import OutcomeUnknown
 
 GRACE_S = 10.0  # for the keepers of other nodes to come back, once a new start waits
@@ -213,7 +214,13 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         return known
     world = world_of(attempt.layouts)
     parts = [attempt.sealed[rank] for rank in range(job.world_size)]
-    content = b"".join(digest(encode_layout(layout)) for layout in world.layouts)
+    weak = [rank for rank, part in enumerate(parts) if len(part.ref.part_digest) != len(run.digest(b""))]
+    if weak:
+        raise Incompatible(
+            f"{job.attempt} was not committed: {KEY_VARIABLE} is not set alike for all keepers, the one of rank "
+            f"{_some(weak)} differs from the coordinator's. Set it on every node, end those keepers and start again; "
+            "every older step is as it was."
+        )
     manifest = Manifest(
         step=job.step,
         generation=job.generation,
@@ -222,7 +229,7 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         world=world,
         ownership=summary.ownership,
         parts=tuple(part.ref for part in parts),
-        content_digest=digest(content + b"".join(part.content_digest for part in parts)),
+        content_digest=content_digest_of(world, (part.content_digest for part in parts)),
         metrics=summary.metrics,
     )
     data = encode_manifest(manifest)

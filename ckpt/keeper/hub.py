@@ -114,11 +114,11 @@ class Hub:
         actions = self.ledger.resolved(outcome)
         self._tell_all(outcome)
         self._act([action for action in actions if action != outcome])
-        if outcome.commit is not None and attempt.summary is not None and attempt.summary.keep is not None:
+        if outcome.commit is not None and attempt.summary is not None:
             self._spawn(self._retire(attempt.job, attempt.summary.keep))
 
-    async def _retire(self, job: Job, keep: Keep) -> None:
-        """Delete what the rule does not keep, now that there is something newer. What fails waits for the next time."""
+    async def _retire(self, job: Job, keep: Keep | None) -> None:
+        """Delete what need not stay, now that there is something newer. What fails waits for the next time."""
         try:
             async with self._log_lock:
                 open_ones = set(self.ledger.open)

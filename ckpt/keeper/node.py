@@ -40,7 +40,7 @@ from ckpt.keeper.orders import (
 from ckpt.keeper.persist import Copying, Digests, Maps, Memory, part_of, take_in
 from ckpt.keeper.ram import RamTier
 from ckpt.layout import owned_by
-from ckpt.manifest import data_name, digest, part_name
+from ckpt.manifest import data_name, digest, matches, part_name
 from ckpt.run import RunDirectory
 from ckpt.store import DataWriter
 
@@ -311,10 +311,13 @@ class Node:
             if snapshot.order.ring:
                 loop.call_soon_threadsafe(self._tell_freed, snapshot, runs)
 
+        run_digest = self._run.digest
         threads = max(1, (REQUESTS if into is not None and into.in_order else IO_THREADS) // snapshot.order.local_world)
         order, memory, copying = snapshot.order, snapshot.memory, snapshot.copying
         return await self._thread(
-            lambda: take_in(order, memory, copying, into, threads=threads, deadline=snapshot.deadline, freed=freed)
+            lambda: take_in(
+                order, memory, copying, into, run_digest, threads=threads, deadline=snapshot.deadline, freed=freed
+            )
         )
 
     def _tell_freed(self, snapshot: Snapshot, runs: int) -> None:
@@ -345,7 +348,7 @@ class Node:
                     order = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "order")), type=Order)
                     sealed = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "sealed")), type=Sealed)
                     part = _read(self._ram.beside(attempt, rank, "part"))
-                    if digest(part) != sealed.ref.part_digest or (order.job.attempt, order.rank) != (attempt, rank):
+                    if not matches(part, sealed.ref.part_digest) or (order.job.attempt, order.rank) != (attempt, rank):
                         raise Corrupt(f"the part of {attempt} in RAM is not the one that was sealed")
                     self._adopt(order, sealed, link_to(order))
                 except (CkptError, OSError, ValueError, msgspec.MsgspecError) as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ckpt.errors import SaveFailed
 from ckpt.keeper.orders import Order
-from ckpt.manifest import BLOCK_BYTES, DIGEST_BYTES, Chunk, Part, PartRef, digest, encode_part
+from ckpt.manifest import BLOCK_BYTES, Chunk, Digest, Part, PartRef, encode_part
 from ckpt.store import DataWriter
 
 Piece = tuple[int, int, int, int]  # slot, first and last byte of its chunk, first byte in the run
@@ -130,16 +130,17 @@ def pieces_of(order: Order) -> tuple[tuple[Piece, ...], ...]:
 class Digests:
     """The block digests of each slot, as they come in."""
 
-    def __init__(self, order: Order) -> None:
-        self._slots = [bytearray(slot.blocks * DIGEST_BYTES) for slot in order.slots]
+    def __init__(self, order: Order, digest: Digest) -> None:
+        self.digest, self._nbytes = digest, len(digest(b""))
+        self._slots = [bytearray(slot.blocks * self._nbytes) for slot in order.slots]
 
     def take(self, piece: Piece, memory: memoryview) -> None:
         index, start, stop, at = piece
         for block in range(start, stop, BLOCK_BYTES):
             first = at + block - start
-            found = digest(memory[first : at + min(block + BLOCK_BYTES, stop) - start])
-            place = block // BLOCK_BYTES * DIGEST_BYTES
-            self._slots[index][place : place + DIGEST_BYTES] = found
+            found = self.digest(memory[first : at + min(block + BLOCK_BYTES, stop) - start])
+            place = block // BLOCK_BYTES * self._nbytes
+            self._slots[index][place : place + self._nbytes] = found
 
     def of(self, index: int) -> bytes:
         return bytes(self._slots[index])
@@ -150,6 +151,7 @@ def take_in(
     memory: Memory,
     copying: Copying,
     into: DataWriter | None,
+    digest: Digest,
     *,
     threads: int,
     deadline: float,
@@ -160,7 +162,7 @@ def take_in(
     `freed(n)`: the first n runs are no longer needed in memory; called from any thread. Raises StorageError if the
     store refuses, SaveFailed if the copy ends early or `deadline` (monotonic) passes.
     """
-    pieces, digests, taken = pieces_of(order), Digests(order), _Prefix(freed)
+    pieces, digests, taken = pieces_of(order), Digests(order, digest), _Prefix(freed)
 
     def act(index: int) -> None:
         copying.wait_for(index, deadline)
@@ -241,4 +243,4 @@ def part_of(order: Order, digests: Digests) -> tuple[Part, bytes, PartRef]:
     )
     part = Part(order.rank, order.job.attempt, order.data_bytes, chunks, order.values, order.rank_values)
     data = encode_part(part)
-    return part, data, PartRef(len(data), digest(data), order.data_bytes)
+    return part, data, PartRef(len(data), digests.digest(data), order.data_bytes)

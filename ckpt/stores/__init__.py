@@ -62,5 +62,5 @@ def _open_bucket(url: str, protocol: str, name: str, prefix: str) -> Store:
         what = f"pip install 'holdfast[{extra}]'" if extra else f"install the fsspec package for {protocol}://"
         raise StorageError(f"cannot open {url!r}: {error}. To use it: {what}") from error
     except ValueError as error:
-        raise StorageError(f"cannot open {url!r}: {error}") from error
+        raise StorageError(f"cannot open {url!r}: {error}. Use a path, or a URL like s3://bucket/path") from error
     return ObjectStore(Retried(bucket), prefix)

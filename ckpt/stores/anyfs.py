@@ -115,9 +115,9 @@ class _Stream:
         self._next, self._early = 0, dict[int, bytes]()
         self._lock, self._failed = threading.Lock(), False
 
-    def part(self, index: int, data: bytes) -> None:
+    def part(self, index: int, data: bytes | bytearray) -> None:
         with self._lock:
-            self._early[index] = data
+            self._early[index] = bytes(data)
             while self._next in self._early and not self._failed:
                 self._write(self._early.pop(self._next))
                 self._next += 1

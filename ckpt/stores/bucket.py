@@ -51,8 +51,8 @@ Listing: TypeAlias = list[Found]
 class Upload(Protocol):
     """An object that is sent in parts of `part_bytes`, the last one shorter; it appears when it is complete."""
 
-    def part(self, index: int, data: bytes) -> None:
-        """Send part `index`, counted from 0. Idempotent; from any thread."""
+    def part(self, index: int, data: bytes | bytearray) -> None:
+        """Send part `index`, counted from 0; `data` is not needed afterwards. Idempotent; from any thread."""
 
     def complete(self) -> None:
         """Make the object of the parts. After an unclear answer it may be there: see `Bucket.size`."""
@@ -167,7 +167,7 @@ class _RetriedUpload:
     def __init__(self, bucket: Retried, key: str, nbytes: int, upload: Upload) -> None:
         self._bucket, self._key, self._nbytes, self._upload = bucket, key, nbytes, upload
 
-    def part(self, index: int, data: bytes) -> None:
+    def part(self, index: int, data: bytes | bytearray) -> None:
         self._bucket._again(f"send part {index} of", self._key, lambda: self._upload.part(index, data))
 
     def complete(self) -> None:

@@ -152,6 +152,7 @@ class PartWriter:
         self._upload, self._nbytes, self._part_bytes = upload, nbytes, part_bytes
         self._open: dict[int, bytearray] = {}
         self._missing: dict[int, int] = {}
+        self._spare: list[bytearray] = []  # memory that was touched before
         self._lock = threading.Lock()
 
     def write(self, at: int, memory: memoryview) -> None:
@@ -162,7 +163,9 @@ class PartWriter:
             with self._lock:
                 if index not in self._open:
                     size = min(self._part_bytes, self._nbytes - index * self._part_bytes)
-                    self._open[index], self._missing[index] = bytearray(size), size
+                    again = self._spare and size == self._part_bytes
+                    self._open[index] = self._spare.pop() if again else bytearray(size)
+                    self._missing[index] = size
                 part = self._open[index]
             part[first : first + nbytes] = memory[done : done + nbytes]
             with self._lock:
@@ -171,7 +174,10 @@ class PartWriter:
                 if full:
                     del self._open[index], self._missing[index]
             if full:
-                self._upload.part(index, bytes(part))
+                self._upload.part(index, part)
+                if len(part) == self._part_bytes:
+                    with self._lock:
+                        self._spare.append(part)
             done += nbytes
 
     def finish(self) -> None:

@@ -153,7 +153,7 @@ class _Parts:
         self._bucket, self._key, self._upload = bucket, key, upload
         self._tags: dict[int, dict[str, Any]] = {}
 
-    def part(self, index: int, data: bytes) -> None:
+    def part(self, index: int, data: bytes | bytearray) -> None:
         answer = self._bucket._call(
             f"send part {index} of", self._key, "upload_part",
             Key=self._key, UploadId=self._upload, PartNumber=index + 1, Body=data,

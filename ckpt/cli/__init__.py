@@ -1,0 +1,71 @@
+"""The command `ckpt`: look at a run's directory from a shell. Only the commands in `change` write to a run.
+
+Owns what is printed. Data goes to stdout, as tables or with --json as one JSON document; progress, warnings and
+errors go to stderr, and the exit code says how it ended (`ckpt --help` lists them). At a terminal, tables fit its
+width and long names are wrapped; elsewhere a row is one line of plain text, never cut short, without colour.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+
+from ckpt.cli.change import copy_run, delete_step, gc, pin_step, unpin_step
+from ckpt.cli.diff import diff
+from ckpt.cli.doctor import doctor
+from ckpt.cli.look import list_steps, show
+from ckpt.cli.resume import resume
+from ckpt.cli.shared import plain
+from ckpt.cli.verify import check
+from ckpt.errors import CkptError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="holdfast")
+def cli() -> None:
+    """Look at the checkpoints of a training run, and start it again.
+
+    URL is the place of the run, as given to ckpt.Checkpointer; where it is left out, $CKPT_URL counts. All commands
+    but gc --takeover and delete --takeover are safe beside a job that trains. Errors go to stderr, with --json too.
+
+    \b
+    Examples:
+      ckpt ls /data/run                    which steps are there
+      ckpt show /data/run --step 2000      what step 2000 holds, and who wrote it
+      ckpt check /data/run --all           is every byte still what was saved
+      ckpt diff /data/run@1000 /data/run   what changed since step 1000
+      ckpt resume /data/run -- python train.py   go on, and again when it fails
+      ckpt cp /data/run@2000 s3://bucket/x copy step 2000 to another place
+      ckpt gc /data/run --last 3 --dry-run what would be deleted
+      ckpt pin /data/run 2000 --name best  never delete step 2000
+      ckpt doctor s3://bucket/run          can a run be kept there
+      ckpt ls /data/run --json | jq '.steps[-1].step'
+
+    \b
+    Exit codes:
+      0 ok   1 failure   2 wrong usage   10 no checkpoint or no such step
+      11 fenced   12 corrupt   13 incompatible   130 interrupted
+    """
+
+
+for command in (list_steps, show, check, diff, resume, copy_run, gc, pin_step, unpin_step, delete_step, doctor):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Entry point: run the command, say what went wrong on stderr, exit as the module says."""
+    try:
+        code = cli.main(prog_name="ckpt", standalone_mode=False)
+    except CkptError as error:
+        text = "\n".join(map(plain, str(error).split("\n")))
+        click.echo(f"{type(error).__name__}: {text}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

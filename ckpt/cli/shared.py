@@ -1,0 +1,138 @@
+"""What all commands have in common: their options, and how things are printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import reprlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from ckpt.errors import Corrupt, NotFound
+from ckpt.holder import find_commit
+from ckpt.log import View
+from ckpt.records import Commit
+from ckpt.run import RunDirectory
+
+Json = dict[str, Any]
+
+url_argument = click.argument("url", envvar="CKPT_URL", metavar="URL")
+step_option = click.option("--step", type=click.IntRange(min=0), metavar="N", help="A step; else the newest.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+
+
+def open_run(url: str) -> tuple[RunDirectory, View]:
+    run = RunDirectory.open(url)
+    try:
+        return run, run.log.read()
+    except Corrupt as error:
+        still = "Nothing was changed. Without its log a run's steps cannot be told from abandoned attempts"
+        raise Corrupt(f"{error}\n{still}: bring this file back from a copy.") from error
+
+
+def open_at(text: str) -> tuple[RunDirectory, View, int | None]:
+    """The run, its log, and the step of URL or URL@STEP."""
+    url, at, step = text.rpartition("@")
+    number = int(step) if at and step.isdecimal() else None
+    return *open_run(url if number is not None else text), number
+
+
+@contextmanager
+def byte_progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr at a terminal, told of the bytes that are done; from any thread."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                   console=Console(stderr=True), disable=not sys.stderr.isatty())  # fmt: skip
+    task = bar.add_task("bytes", total=total_bytes)
+    with bar:
+        yield lambda nbytes: bar.update(task, advance=nbytes)
+
+
+def find(run: RunDirectory, view: View, step: int | None) -> Commit:
+    try:
+        return find_commit(view, step)
+    except NotFound as error:
+        raise NotFound(f"{run.url}: {error}") from None
+
+
+def plain(text: str) -> str:
+    """One line without control characters, whatever a hostile checkpoint holds."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def size(nbytes: int) -> str:
+    power = min((max(nbytes, 1).bit_length() - 1) // 10, 5)
+    return f"{nbytes / 1024**power:.1f} {'KMGTP'[power - 1]}iB" if power else f"{nbytes} B"
+
+
+def age(unix_s: float) -> str:
+    seconds = max(time.time() - unix_s, 0.0)
+    for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
+        if seconds < length * limit:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def ranges(ranks: Iterable[int]) -> str:
+    """`0-3,8` for 0, 1, 2, 3, 8; ascending and distinct."""
+    groups = (list(group) for _, group in groupby(enumerate(ranks), key=lambda item: item[1] - item[0]))
+    return ",".join(f"{g[0][1]}-{g[-1][1]}" if len(g) > 1 else str(g[0][1]) for g in groups)
+
+
+class _Shortened(reprlib.Repr):
+    """Values as Python writes them, cut to a line; tensors and arrays as dtype and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 16
+        self.maxstring = self.maxother = 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        if type(x).__name__ in ("Tensor", "ndarray"):
+            return f"{type(x).__name__.lower()}({str(x.dtype).removeprefix('torch.')}, {list(x.shape)})"
+        return super().repr1(x, level)
+
+
+def short(value: object) -> str:
+    text = " ".join(_Shortened().repr(value).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def output(document: Json, as_json: bool, print_it: Callable[[Json], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(document, allow_nan=False))
+    else:
+        print_it(document)
+
+
+def columns(*names: str, right: str = "") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        numeric = name in right.split()
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    return table
+
+
+def say(what: str | Table) -> None:
+    """To the terminal, wrapped to its width; elsewhere as plain lines of any length."""
+    if sys.stdout.isatty():
+        Console(markup=False, highlight=False, emoji=False, soft_wrap=isinstance(what, str)).print(what)
+        return
+    if isinstance(what, Table):
+        out = io.StringIO()
+        plain = Console(file=out, width=100_000, color_system=None, force_terminal=False, markup=False, emoji=False)
+        plain.print(what, highlight=False)
+        what = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    click.echo(what)

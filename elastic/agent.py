@@ -305,7 +305,10 @@ class Agent(Leading):
             min(1.0, self.timing.node_timeout_s / PINGS_PER_TIMEOUT) if self.leads else self.timing.seek_s
         )
         pulse = self.membership.generation if self.membership and self.leads and self._reaches_half() else None
-        self._do(Look(pulse, announce=not self.leads))
+        waiting = tuple(p.member.name for node, p in self.followers.items() if p.ready and not self._is_member(node))
+        known = {self.me.node: self.me, **{node: peer.member for node, peer in self.followers.items()}}
+        avoided = tuple(known[node].name for node in self._avoid(now) if node in known)
+        self._do(Look(pulse, announce=not self.leads, waiting=waiting, avoided=avoided))
 
     def _reaches_half(self) -> bool:
         assert self.membership is not None

@@ -46,6 +46,8 @@ class Timing:
     seek_s: float = 0.25
     quarantine_failures: int = 2
     quarantine_window_s: float = 600.0
+    fruitless_limit: int = 10
+    fruitless_s: float = 600.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from elastic.membership import Member, Membership
 from elastic.messages import Down, End, Job, Stop, Up
 
 EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
+EXIT_FRUITLESS = 76  # workers failed again and again, and nothing was committed in between
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Leading:
         self._short_since: float | None = None
         self._grow: tuple[str | None, float] | None = None  # head when it was wanted first, and when
         self._held = ""
+        self._fruitless = 0  # failures in a row without a commit in between
+        self._failed_at_head: tuple[str | None] | None = None
 
     # What others may ask
 
@@ -120,13 +123,23 @@ class Leading:
         self.followers.clear()
 
     def _finish_all(self) -> None:
+        self._end_all(0, "the job is done")
+
+    def _end_all(self, code: int, reason: str) -> None:
         for follower in self.followers:
-            self._send(follower, End(0, "the job is done"))
-        self._end(0, "the job is done")
+            self._send(follower, End(code, reason))
+        self._end(code, reason)
 
     def _member_stopped(self, member: Member, failed: bool, now: float) -> None:
         if failed:
             self._blame = self._blame.after(member.node, now)
+            fruitless = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
+            self._fruitless = self._fruitless + 1 if fruitless else 1
+            self._failed_at_head = (self.seen.head,)
+            if self._fruitless == self.timing.fruitless_limit:
+                text = f"the workers failed {self._fruitless} times without a new step: see their errors above"
+                self._end_all(EXIT_FRUITLESS, text)
+                return
         self._begin_change(f"the workers of {member.name} {'failed' if failed else 'stopped'}", now)
 
     def _begin_change(self, reason: str, now: float) -> None:
@@ -230,9 +243,7 @@ class Leading:
         text = f"{nodes} nodes are here, at least {self.limits.minimum} are needed (--nnodes)"
         self._hold(text)
         if now - self._short_since >= self.timing.min_wait_s:
-            for follower in self.followers:
-                self._send(follower, End(EXIT_TOO_FEW, text))
-            self._end(EXIT_TOO_FEW, f"{text}; nobody came within {self.timing.min_wait_s:g} s")
+            self._end_all(EXIT_TOO_FEW, f"{text}; nobody came within {self.timing.min_wait_s:g} s")
 
     # Small things
 

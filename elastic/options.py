@@ -36,6 +36,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_SETTLE_S              how long the keeper may take to store what the workers left, before a restart (15)
     ELASTIC_QUARANTINE_FAILURES   a node that is the first to fail so often is not used if others suffice (2; 0: never)
     ELASTIC_QUARANTINE_WINDOW_S   failures longer ago than this are forgotten (600)
+    ELASTIC_FRUITLESS_LIMIT       so many failures in a row, each within 10 minutes and without a commit in between, end
+                                  the job with exit code 76 (10; 0: never)
     ELASTIC_UNIT                  the number of nodes is a multiple of this (1)
     ELASTIC_ADDRESS, ELASTIC_PORT, ELASTIC_STORE_PORT
                                   where agents reach this one, and workers the store of a generation (found; free ones)
@@ -54,6 +56,7 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
                 min_wait_s=take.seconds("MIN_WAIT_S", Timing.min_wait_s),
                 stop_limit_s=take.seconds("STOP_LIMIT_S", Timing.stop_limit_s),
                 quarantine_failures=take.count("QUARANTINE_FAILURES", Timing.quarantine_failures),
+                fruitless_limit=take.count("FRUITLESS_LIMIT", Timing.fruitless_limit),
                 quarantine_window_s=take.seconds("QUARANTINE_WINDOW_S", Timing.quarantine_window_s),
             ),
             address=take.text("ADDRESS"),

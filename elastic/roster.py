@@ -39,6 +39,8 @@ class Pulse(msgspec.Struct, frozen=True):
     count: int
     over: bool = False
     done: bool = False
+    waiting: tuple[str, ...] = ()
+    avoided: tuple[str, ...] = ()
 
 
 class Announcement(msgspec.Struct, frozen=True):
@@ -92,12 +94,12 @@ class Roster:
         """Do what `ask` says, then tell what is there."""
         if ask.pulse is not None:
             self._count += 1
-            pulse = Pulse(self.me.node, ask.pulse, self._count, ask.over, ask.done)
+            pulse = Pulse(self.me.node, ask.pulse, self._count, ask.over, ask.done, ask.waiting, ask.avoided)
             self.run.store.put(PULSE, msgspec.json.encode(pulse))
         self._announce(ask.announce)
         view = self.run.log.read()
         membership = of_start(view.holder)
-        found, pulse_now = self._announcements(remove_stale=ask.pulse is not None), self._pulse()
+        found, pulse_now = self._announcements(remove_stale=ask.pulse is not None), read_pulse(self.run)
         over = done = False
         if membership is not None:
             began = next((start for start in view.starts if start.nonce == membership.began), None)
@@ -109,11 +111,6 @@ class Roster:
             over = is_gone(view.holder)
         head = view.head.attempt if view.head else None
         return Seen(view.generation, membership, head, repr(pulse_now), over, done, tuple(found))
-
-    def _pulse(self) -> Pulse | None:
-        with contextlib.suppress(NotFound, msgspec.MsgspecError):
-            return msgspec.json.decode(self.run.store.read(PULSE, limit_bytes=FILE_LIMIT_BYTES), type=Pulse)
-        return None
 
     def _announce(self, wanted: bool) -> None:
         path, now = f"{NODES}/{self.me.node}.json", time.monotonic()
@@ -179,3 +176,10 @@ class Roster:
                 return None
             raise
         return of_start(start)
+
+
+def read_pulse(run: RunDirectory) -> Pulse | None:
+    """The leader's counter; None if there is none, or not a whole one."""
+    with contextlib.suppress(NotFound, msgspec.MsgspecError):
+        return msgspec.json.decode(run.store.read(PULSE, limit_bytes=FILE_LIMIT_BYTES), type=Pulse)
+    return None

@@ -34,6 +34,7 @@ TIMING = Timing(
     min_wait_s=1e9,
     stop_limit_s=10,
     quarantine_window_s=20,
+    fruitless_limit=0,
 )
 JOB = Job("job", "train", "1:8", "1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -29,7 +30,7 @@ def check_end(cluster: Cluster, *alive: str) -> None:
 def test_worker_then_agent_then_leader_are_killed(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         for name in "abc":
-            cluster.add(name, "1:3")
+            cluster.add(name, "1:3", ELASTIC_HOOKS="elastic_hooks:Told", TEST_TOLD=str(tmp_path / f"{name}.told"))
         first = cluster.trains({"a", "b", "c"})
         ranks = {name: worker["rank"] for name, worker in cluster.workers(first).items()}
 
@@ -54,6 +55,14 @@ def test_worker_then_agent_then_leader_are_killed(tmp_path: Path) -> None:
         (last,) = left - {leader}
         cluster.trains({last}, after=third)
         check_end(cluster, last)
+
+    told = [json.loads(line) for line in (tmp_path / f"{last}.told").read_text().splitlines()]
+    assert [(e["world"], len(e["joined"]), len(e["left"])) for e in told if e["hook"] == "on_membership"] == [
+        (3, 3, 0), (3, 0, 0), (2, 0, 1), (1, 0, 1)
+    ]  # fmt: skip
+    assert told[-1]["hook"] == "on_leave"
+    failed = [line for name in "abc" for line in (tmp_path / f"{name}.told").read_text().splitlines() if "fail" in line]
+    assert any(json.loads(line)["signal"] == 9 for line in failed)
 
 
 def as_host(name: str) -> list[str]:

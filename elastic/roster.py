@@ -10,6 +10,7 @@ Blocking; one thread at a time. Nothing is decided here.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import secrets
 import socket
@@ -21,6 +22,7 @@ from ckpt.errors import Corrupt, Fenced, Incompatible, NotFound
 from ckpt.holder import boot_id, is_gone
 from ckpt.log import decide_start
 from ckpt.run import RunDirectory
+from ckpt.signing import signing_key
 from ckpt.store import AlreadyExists
 from elastic.actions import Look, Propose, Seen
 from elastic.membership import Member, Membership, of_start, to_record
@@ -69,7 +71,12 @@ class Roster:
         return cls(run, me, run_id)
 
     def token(self) -> bytes:
-        """What agents of this run prove to know; made by the first."""
+        """What agents of this run prove to know: that they have the signing key, else that they can read a file.
+
+        The first agent makes the file.
+        """
+        if (key := signing_key()) is not None:
+            return hmac.digest(key, b"elastic " + self.run.nonce.encode(), "sha256")
         with contextlib.suppress(NotFound):
             return self._read_token()
         with contextlib.suppress(AlreadyExists):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ class Service:
         self._store: TCPStore | None = None
         self._offered: TCPStore | None = None
         self._watched: set[int] = set()
+        self._asked = False  # a worker ended because it was asked to
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
         self._server: Server | None = None
@@ -221,7 +223,7 @@ class Service:
     # What the main thread came back with
 
     def _came_back(self, failed: bool) -> None:
-        self._agent.stopped(time.monotonic(), failed=failed)
+        self._agent.stopped(time.monotonic(), failed=failed and not self._asked)
         self._spawn(self._settle())
 
     async def _settle(self) -> None:
@@ -251,7 +253,9 @@ class Service:
                 watch(pid, self._loop.add_reader, self._loop.remove_reader, self._worker_ended)
 
     def _worker_ended(self, how: Ended) -> None:
-        if not how.well and not self._broken:
+        if how.code == 128 + signal.SIGTERM:
+            self._asked = True
+        elif not how.well and not self._broken:
             what = f"was killed by signal {how.signal}" if how.signal else f"exited with {how.code}"
             log.warning("worker %d %s", how.pid, what)
             self._hooks.tell("on_worker_failure", Failure(how.pid, how.code, how.signal))
@@ -308,6 +312,7 @@ class Service:
 
     def _release(self, membership: Membership) -> None:
         self._watched.clear()
+        self._asked = False
         with self._changed:
             self._assigned, self._generation = membership, membership.generation
             self._values = {}

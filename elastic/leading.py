@@ -165,9 +165,9 @@ class Leading:
         if self._grow is None:
             self._grow = (self.seen.head, now)
         head, since = self._grow
-        settled = (
-            now - self._joined_at >= self.timing.join_window_s and now - self._began_at >= self.timing.min_interval_s
-        )
+        full = len(self.membership.members) + len(waiting) >= self.limits.maximum
+        window_s = 0.0 if full else self.timing.join_window_s  # nobody else could work
+        settled = now - self._joined_at >= window_s and now - self._began_at >= self.timing.min_interval_s
         if not settled:
             self._grow = (self.seen.head, since)
             return False

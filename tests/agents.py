@@ -16,6 +16,8 @@ from typing import Any
 
 from keepers import keepers, kill_keepers, until
 
+from ckpt.run import RunDirectory
+
 ROOT = Path(__file__).parent.parent
 MARK = "ELASTIC_TEST"
 NODE_TIMEOUT_S = 2
@@ -41,9 +43,9 @@ class Agent:
             "CKPT_RAM_DIR": str(ram),
             "CKPT_KEEPER_GRACE_S": "30",
             "ELASTIC_NODE_TIMEOUT_S": str(NODE_TIMEOUT_S),
-            "ELASTIC_JOIN_WINDOW_S": "1",
+            "ELASTIC_JOIN_WINDOW_S": "60",  # MAX nodes start at once; tests that want fewer say so
             "ELASTIC_MIN_INTERVAL_S": "1",
-            "ELASTIC_SETTLE_S": "3",
+            "ELASTIC_SETTLE_S": "5",
             "TEST_NODE": name,
             MARK: cluster.mark,
             **more,
@@ -122,15 +124,15 @@ class Cluster:
             return False
 
         self.until(f"{sorted(nodes)} train in a generation after {after}", working)
+        self.until(f"generation {found} has committed, so its keepers are up", lambda: self.has_committed(found))
         return found
 
-    def leader(self) -> str:
-        """The name of the agent that leads, by what the log of the run and the agents' own say."""
-        from ckpt.run import RunDirectory
-        from elastic.membership import of_start
+    def has_committed(self, generation: int) -> bool:
+        view = RunDirectory.open(self.run).log.read()
+        return any(commit.generation == generation for commit in view.commits.values())
 
-        membership = of_start(RunDirectory.open(self.run).log.read().holder)
-        assert membership is not None
+    def leader(self) -> str:
+        """The name of the agent that leads, by the newest start in the run's log."""
         start = RunDirectory.open(self.run).log.read().holder
         assert start is not None
         return next(name for name, agent in self.agents.items() if _is_or_under(start.pid, agent.process.pid))

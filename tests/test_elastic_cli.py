@@ -81,6 +81,37 @@ def test_a_signal_ends_the_agent_and_its_workers(tmp_path: Path, number: signal.
         process.kill()
 
 
+def test_workers_and_what_they_started_die_with_their_agent_but_a_keeper_does_not(tmp_path: Path) -> None:
+    text = """
+import os, signal, subprocess, sys
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+others = [subprocess.Popen([*sleep, *more], start_new_session=True) for more in ([], ["ckpt.keeper"])]
+open("pids.part", "w").write(" ".join(map(str, [os.getpid(), *(other.pid for other in others)])))
+os.rename("pids.part", "pids")
+signal.pause()
+"""
+    process = elastic(tmp_path, "run", "run", "--", script(tmp_path, text), ELASTIC_JOIN_WINDOW_S="0")
+    pids: list[int] = []
+    try:
+        until("the worker runs", (tmp_path / "pids").exists)
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        process.kill()
+        until("worker and child are dead", lambda: not any(alive(pid) for pid in pids[:2]))
+        assert alive(pids[2]), "the keeper has to store what the worker left"
+    finally:
+        process.kill()
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def test_a_job_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> None:
     code, said = end_of(elastic(tmp_path, "run", "--nodes", "5:7", "run", "--", "x.py", ELASTIC_UNIT="4"))
     assert code == 13, said

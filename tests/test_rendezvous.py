@@ -57,7 +57,9 @@ def test_a_worker_and_then_the_leader_are_killed(tmp_path: Path) -> None:
         (3, 3, 0), (3, 0, 0), (2, 0, 1)
     ]  # fmt: skip
     assert told[-1]["hook"] == "on_leave"
-    failed = [line for name in "abc" for line in (tmp_path / f"{name}.told").read_text().splitlines() if "fail" in line]
+    failed = [
+        line for name in "abc" for line in (tmp_path / f"{name}.told").read_text().splitlines() if "exit_code" in line
+    ]
     assert any(json.loads(line)["signal"] == 9 for line in failed)
 
 
@@ -95,7 +97,7 @@ def test_a_spare_takes_over_and_below_min_the_job_waits(tmp_path: Path) -> None:
 
 def test_a_node_joins_and_then_its_host_leads_alone(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
-        cluster.add("a", "1:2", before=as_host("host-a"))
+        cluster.add("a", "1:2", before=as_host("host-a"), ELASTIC_JOIN_WINDOW_S="0")
         first = cluster.trains({"a"})
         stranger = cluster.add("stranger", "1:2", run_id="another-job")
         cluster.add("b", "1:2", before=as_host("host-b"))
@@ -115,7 +117,7 @@ def test_a_node_joins_and_then_its_host_leads_alone(tmp_path: Path) -> None:
 
 def test_with_too_few_nodes_the_job_ends_in_time(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
-        agent = cluster.add("a", "2:3", ELASTIC_MIN_WAIT_S="1")
+        agent = cluster.add("a", "2:3", ELASTIC_JOIN_WINDOW_S="0", ELASTIC_MIN_WAIT_S="1")
         assert agent.wait() == 75
         assert cluster.log_has("a", "1 nodes are here, at least 2 are needed")
         assert not cluster.said()

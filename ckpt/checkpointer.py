@@ -19,7 +19,7 @@ from ckpt.agreement import Signal, on_first, require_equal, together
 from ckpt.errors import CkptError, Incompatible
 from ckpt.figures import Reporter
 from ckpt.handle import SaveHandle
-from ckpt.holder import Holder, find_commit
+from ckpt.holder import Given, Holder, find_commit
 from ckpt.interval import Every
 from ckpt.pins import ask_to_delete, checked_name, pin, unpin
 from ckpt.process import OnSigterm, StepBar
@@ -94,7 +94,8 @@ class Checkpointer:
         def open_first() -> RunDirectory:
             run = RunDirectory.open(place, create=True)
             _check_fencing(run, strict_fencing)
-            self._holder = Holder(run, run_id=job, takeover=takeover)
+            given = Given.of(os.environ.get("CKPT_START", ""))
+            self._holder = Holder(run, run_id=job, takeover=takeover, given=given)
             return run
 
         try:

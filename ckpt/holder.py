@@ -14,10 +14,11 @@ import secrets
 import socket
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
+from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound
 from ckpt.log import HEAD, View, decide_commit, decide_retire, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
@@ -38,12 +39,54 @@ RETIRED_AT_ONCE = 500  # attempts that one record names: it stays far below its 
 _OURS = re.compile(r"MANIFEST|r\d{5,}\.(part|safetensors)|\.tmp-.*")
 
 
-class Holder:
-    """A run's directory that this process appends to, from its first `start` on."""
+@dataclass(frozen=True)
+class Given:
+    """A start that this job's launcher appended for its workers, as CKPT_START names it: run, generation, nonce."""
 
-    def __init__(self, run: RunDirectory, *, run_id: str | None, takeover: bool) -> None:
+    run: str
+    generation: int
+    nonce: str
+
+    @classmethod
+    def of(cls, text: str) -> Given | None:
+        """The start that `<run nonce>/<generation>/<start nonce>` names; None for an empty text."""
+        if not text:
+            return None
+        parts = text.split("/")
+        if len(parts) != 3 or not parts[1].isdecimal():
+            raise Incompatible(f"CKPT_START is <run nonce>/<generation>/<start nonce>, not {text!r:.200}; unset it")
+        return cls(parts[0], int(parts[1]), parts[2])
+
+    def check(self, view: View) -> Start:
+        """The newest start, if it is this one or goes on from it with the same members. Raises Fenced."""
+        holder = view.holder
+        mine = next((start for start in view.starts if start.nonce == self.nonce), None)
+        if (
+            mine is None
+            or holder is None
+            or (holder is not mine and (not mine.members or holder.members != mine.members))
+        ):
+            raise Fenced(
+                f"the launcher started this process for generation {self.generation}, but the current one is "
+                f"{view.generation}. Nothing was appended; stop this process, the newer one has the run"
+            )
+        return holder
+
+
+_used: set[Given] = set()  # by a Holder of this process: the next one appends a start of its own
+
+
+class Holder:
+    """A run's directory that this process appends to, from its first `start` on.
+
+    Where the launcher appended the start already (`given`), the first holder of a process takes that one; each later
+    start of this job names the same members.
+    """
+
+    def __init__(self, run: RunDirectory, *, run_id: str | None, takeover: bool, given: Given | None = None) -> None:
         self.run = run
         self._run_id, self._takeover = run_id, takeover
+        self._given = given if given is not None and given.run == run.nonce else None
         self.start: Start | None = None
 
     @property
@@ -57,6 +100,13 @@ class Holder:
         """
         nonce, current = secrets.token_hex(8), self.start
         self.run.check_unchanged()
+        if self._given is not None:
+            newest = self._given.check(self.run.log.read())
+            if current is None and newest.nonce == self._given.nonce and self._given not in _used:
+                _used.add(self._given)
+                self.start = newest
+                return newest
+            current = current or newest
         self.start = self.run.log.append(
             lambda view: decide_start(
                 view,
@@ -69,8 +119,10 @@ class Holder:
                 expected_generation=current.generation if current else None,
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                boot_id=_boot_id(),
+                boot_id=boot_id(),
                 unix_s=time.time(),
+                addresses=current.addresses if current is not None and self._given else (),
+                members=current.members if current is not None and self._given else (),
             )
         )
         return self.start
@@ -79,7 +131,7 @@ class Holder:
         return self.start or self.take(reason)
 
     def adopt(self) -> Commit | None:
-        """Commit the newest complete attempt that the generation before left uncommitted on top of the head.
+        """Commit the newest complete attempt that the generations before left uncommitted on top of the head.
 
         Its files were durable before its MANIFEST was written; sizes and the digests of all parts are checked
         again here, and the restore that follows verifies what it reads. Where records are signed nothing is adopted:
@@ -87,7 +139,7 @@ class Holder:
         """
         if self.run.log.signs:
             return None
-        previous = self.view.starts[-2].generation if len(self.view.starts) > 1 else 0
+        previous = _before(self.view)
         for name in reversed(self.run.attempts()):
             if name in self.view.commits or name in self.view.retired or self._passed(name):
                 continue
@@ -97,14 +149,14 @@ class Holder:
                 log.info("attempt %s of an earlier generation is not complete: %s", name, error)
                 continue
             head = self.view.head.attempt if self.view.head else None
-            if manifest.generation == previous and manifest.parent == head:
+            if manifest.generation in previous and manifest.parent == head:
                 assert self.start is not None
                 try:
                     commit = append_commit(self.run, manifest, data, self.start.generation, self.start.nonce)
                 except (Incompatible, ValueError) as error:
                     log.warning("attempt %s cannot be adopted: %s", name, error)
                     continue
-                log.warning("adopted step %d, which generation %d left complete", commit.step, previous)
+                log.warning("adopted step %d, which generation %d left complete", commit.step, manifest.generation)
                 return commit
         return None
 
@@ -125,6 +177,23 @@ class Holder:
             if len(part) != ref.part_bytes or not matches(part, ref.part_digest):
                 raise Corrupt(f"{path(name, part_name(rank))} does not match its manifest")
         return manifest, data
+
+
+def _before(view: View) -> set[int]:
+    """The generations whose attempts the newest one may adopt: back to the one that committed the head.
+
+    Those between committed nothing: under a launcher, a generation can end before its workers have restored.
+    """
+    last = {commit.generation: commit.attempt for commit in view.commits.values()}
+    found = set()
+    for start in reversed(view.starts[:-1]):
+        committed = last.get(start.generation)
+        if committed is not None and (view.head is None or committed != view.head.attempt):
+            break  # the run went back from there
+        found.add(start.generation)
+        if committed is not None:
+            break
+    return found
 
 
 def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation: int, holder_nonce: str) -> Commit:
@@ -200,7 +269,8 @@ def find_commit(view: View, step: int | None) -> Commit:
     raise NotFound(f"there is no {what} in this run; newest steps: {known}. `ckpt ls` lists all.")
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """What tells this boot of this machine from every other; empty if it cannot be known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -209,7 +279,7 @@ def _boot_id() -> str:
 
 def is_gone(holder: Start | None) -> bool:
     """Whether the holder's process certainly no longer runs: same boot of this machine, and no such process."""
-    if holder is None or not holder.boot_id or holder.boot_id != _boot_id() or holder.host != socket.gethostname():
+    if holder is None or not holder.boot_id or holder.boot_id != boot_id() or holder.host != socket.gethostname():
         return False
     try:
         state = Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -79,6 +79,7 @@ class _Began(msgspec.Struct, frozen=True, array_like=True):
     generation: int
     nonce: str
     head_step: int
+    names: str  # attempts are named after it: several savers may work under one start
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ class Saver:
         began, nodes, collected = self._began, self._nodes, request.collected
         assert began is not None
         assert nodes is not None
-        name = digest(f"{began.nonce} {self._index}".encode()).hex()[:12]
+        name = digest(f"{began.names} {self._index}".encode()).hex()[:12]
         job = Job(
             attempt=attempt_name(request.step, name),
             step=request.step,
@@ -302,7 +303,9 @@ class Saver:
             start = self._holder.ensure_started("first save")
             self._run.check_unchanged()
             head = self._holder.view.head
-            return msgspec.msgpack.encode(_Began(start.generation, start.nonce, head.step if head else -1))
+            return msgspec.msgpack.encode(
+                _Began(start.generation, start.nonce, head.step if head else -1, secrets.token_hex(8))
+            )
 
         self._began = msgspec.msgpack.decode(on_first(self._ranks, first), type=_Began)
 

@@ -88,6 +88,23 @@ ORDER = [
     "ckpt.cli",
     "ckpt.cli.__main__",
     "elastic",
+    "elastic.membership",
+    "elastic.decide",
+    "elastic.messages",
+    "elastic.actions",
+    "elastic.leading",
+    "elastic.agent",
+    "elastic.options",
+    "elastic.network",
+    "elastic.roster",
+    "elastic.guard",
+    "elastic.workers",
+    "elastic.hooks",
+    "elastic.links",
+    "elastic.service",
+    "elastic.handler",
+    "elastic.status",
+    "elastic.cli",
 ]
 PURE = [
     "ckpt.errors",
@@ -101,6 +118,12 @@ PURE = [
     "ckpt.log",
     "ckpt.retention",
     "ckpt.plan",
+    "elastic.membership",
+    "elastic.decide",
+    "elastic.messages",
+    "elastic.actions",
+    "elastic.leading",
+    "elastic.agent",
 ]
 IMPURE = {"torch", "os", "time", "threading", "logging", "random", "socket", "secrets"}
 
@@ -134,7 +157,7 @@ def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
         parent
         for i in ours
         for parent in [i.rpartition(".")[0]]
-        if parent in {"ckpt.adapt", "ckpt.keeper", "ckpt.stores", "ckpt"}
+        if parent in {"ckpt.adapt", "ckpt.keeper", "ckpt.stores", "ckpt", "elastic"}
     }
     assert ours - allowed - parents == set()
 

@@ -1,0 +1,293 @@
+"""The half of an agent that leads: ends a generation, gathers who is ready, proposes the next membership. Pure.
+
+`elastic.agent` has the other half, which hears and seeks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from elastic.actions import Action, Close, Exit, Kill, Look, Note, Propose, Release, Seen, Send
+from elastic.decide import Blame, Limits, Timing, arrange, may_take, would_grow
+from elastic.membership import Member, Membership
+from elastic.messages import Down, End, Job, Stop, Up
+
+EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
+EXIT_FRUITLESS = 76  # workers failed again and again, and nothing was committed in between
+
+
+@dataclass
+class Peer:
+    """A node that follows us."""
+
+    member: Member
+    since: float
+    heard_at: float
+    ready: bool = False
+    finished: bool = False
+
+
+@dataclass
+class Change:
+    """The generation that we lead is over."""
+
+    reason: str
+    began_at: float
+
+
+@dataclass
+class Leading:
+    """What an agent knows, and what it does with it once it leads, or is a candidate."""
+
+    me: Member
+    job: Job
+    limits: Limits
+    timing: Timing
+    seen: Seen = field(default_factory=Seen)
+    membership: Membership | None = None  # the newest that we know
+    mine: Membership | None = None  # the one that our workers run in
+    ready: bool = False
+    finished: bool = False
+    over: bool = False
+    upstream: str | None = None
+    followers: dict[str, Peer] = field(default_factory=dict)
+    shared: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._out: list[Action] = []
+        self._blame = Blame()
+        self._change: Change | None = None
+        self._seeking = self._looking = self._proposing = self._looked = self._candidate = False
+        self._hints: dict[str, Member] = {}  # whom others follow
+        self._finished: set[str] = set()  # members of the generation whose workers ended well, also if gone since
+        self._abdicated = False
+        self._gone_to = 0  # the newest generation that its leader told us of
+        self._tick_at: float | None = None
+        self._upstream_heard_at = self._pinged_at = self._looked_at = self._seek_at = 0.0
+        self._quiet_s = 0.0  # how long the counter was seen to stand still
+        self._seen_at: float | None = None  # the last look that succeeded, if none failed since
+        self._joined_at = self._began_at = 0.0
+        self._short_since: float | None = None
+        self._grow: tuple[str | None, float] | None = None  # head when it was wanted first, and when
+        self._held = ""
+        self._fruitless = 0  # failures in a row without a commit in between
+        self._failed_at_head: tuple[str | None] | None = None
+
+    # What others may ask
+
+    @property
+    def leads(self) -> bool:
+        """Whether the newest membership is ours to change."""
+        return self.membership is not None and self.membership.leader == self.me.node and not self._abdicated
+
+    def actions(self) -> list[Action]:
+        """What is to be done since the last call, in order."""
+        done, self._out = self._out, []
+        return done
+
+    # Leading
+
+    def _lead(self, now: float) -> None:
+        assert self.membership is not None
+        here = {self.me.node, *self.followers}
+        absent = [node for node in self.membership.nodes if node not in here | self._finished]
+        working = [node for node in self.membership.nodes if node in here - self._finished]
+        if not working:
+            self._finish_all()
+            return
+        if self._change is None:
+            idle = [m for m in self.membership.members if self._is_ready(m.node)]
+            if absent:
+                names = [member.name for member in self.membership.members if member.node in absent]
+                self._begin_change(f"lost {', '.join(names)}", now)
+            elif idle:
+                self._member_stopped(idle[0], False, now)
+            elif self._should_grow(now):
+                self._begin_change("larger membership", now)
+        if self._change is not None and self.finished:
+            self._abdicate()
+        elif self._change is not None:
+            self._gather(now)
+
+    def _is_ready(self, node: str) -> bool:
+        return self.ready if node == self.me.node else node in self.followers and self.followers[node].ready
+
+    def _abdicate(self) -> None:
+        """Our own workers have ended well and others must go on: whoever works on leads."""
+        assert self.membership is not None
+        self._abdicated, self._change = True, None
+        self._do(Look(self.membership.generation, announce=False, over=True))
+        for follower in list(self.followers):
+            self._do(Close(follower))
+        self.followers.clear()
+
+    def _finish_all(self) -> None:
+        self._end_all(0, "the job is done")
+
+    def _end_all(self, code: int, reason: str) -> None:
+        for follower in self.followers:
+            self._send(follower, End(code, reason))
+        self._end(code, reason)
+
+    def _member_stopped(self, member: Member, failed: bool, now: float) -> None:
+        if failed:
+            self._blame = self._blame.after(member.node, now)
+            fruitless = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
+            self._fruitless = self._fruitless + 1 if fruitless else 1
+            self._failed_at_head = (self.seen.head,)
+            if self._fruitless == self.timing.fruitless_limit:
+                text = f"the workers failed {self._fruitless} times without a new step: see their errors above"
+                self._end_all(EXIT_FRUITLESS, text)
+                return
+        self._begin_change(f"the workers of {member.name} {'failed' if failed else 'stopped'}", now)
+
+    def _begin_change(self, reason: str, now: float) -> None:
+        self._change = Change(reason, now)
+        self._joined_at = now
+        self._do(Note(f"generation {self.membership.generation if self.membership else 0} ends: {reason}"))
+        for node in self._member_followers():
+            self._send(node, Stop(reason))
+        self._kill(reason)
+
+    def _should_grow(self, now: float) -> bool:
+        """Joiners end a generation that has lasted a while, right after a commit: that loses the fewest steps."""
+        assert self.membership is not None
+        waiting = [
+            peer.member for peer in self.followers.values() if peer.ready and not self._is_member(peer.member.node)
+        ]
+        avoid = self._avoid(now)
+        if not waiting or not would_grow(
+            self.membership.members, waiting, self.limits, proposer=self.me.node, avoid=avoid
+        ):
+            self._grow = None
+            return False
+        if self._grow is None:
+            self._grow = (self.seen.head, now)
+        head, since = self._grow
+        full = len(self.membership.members) + len(waiting) >= self.limits.maximum
+        window_s = 0.0 if full else self.timing.join_window_s  # nobody else could work
+        settled = now - self._joined_at >= window_s and now - self._began_at >= self.timing.min_interval_s
+        if not settled:
+            self._grow = (self.seen.head, since)
+            return False
+        return self.seen.head != head or now - since >= self.timing.grow_wait_s
+
+    # Gathering: the leader in a change, or a candidate
+
+    def _gather(self, now: float) -> None:
+        """Propose the next membership, if it may be and who is to be waited for is there."""
+        if self.finished:
+            self._gather_finished(now)
+        if self._proposing or not self._looked or not self.ready or self.over:
+            return
+        self._drop_late(now)
+        ready = {node: peer.member for node, peer in self.followers.items() if peer.ready}
+        done = self._finished - {self.membership.leader if self.membership else ""}  # these will not work any more
+        verdict = may_take(
+            self.membership,
+            self.me.node,
+            {self.me.node, *ready, *done},
+            quiet_s=self._quiet_s,
+            known_gone=self.seen.over,
+            node_timeout_s=self.timing.node_timeout_s,
+        )
+        if not verdict.may:
+            self._hold(verdict.reason)
+            return
+        if self._should_wait(ready, now):
+            return
+        before = [m for m in self.membership.members if m.node not in self._finished] if self.membership else []
+        limits = Limits(1, self.limits.maximum) if self._finished else self.limits  # the rest ends what is left
+        group = [self.me, *ready.values()]
+        chosen = arrange(before, group, limits, proposer=self.me.node, avoid=self._avoid(now))
+        if not chosen:
+            self._too_few(len(group), now)
+            return
+        reason = self._change.reason if self._change else verdict.reason
+        self._proposing = True
+        self._do(Propose(chosen, self.seen.generation, reason, verdict.leader_gone))
+
+    def _gather_finished(self, now: float) -> None:
+        """A candidate whose own workers ended well: if nobody is left to work, the job is done."""
+        assert self.membership is not None
+        quiet = self._quiet_s >= self.timing.node_timeout_s
+        everyone = all(node in self._finished for node in self.membership.nodes)
+        if all(peer.finished for peer in self.followers.values()) and (everyone or quiet):
+            self._finish_all()
+
+    def _drop_late(self, now: float) -> None:
+        for node, peer in list(self.followers.items()):
+            began = max(peer.since, self._change.began_at) if self._change is not None else peer.since
+            if not peer.ready and not peer.finished and now - began > self.timing.stop_limit_s:
+                self._let_go(node, "it did not stop its workers in time")
+
+    def _should_wait(self, ready: Mapping[str, Member], now: float) -> bool:
+        """Whether somebody is still to come, within the windows for that."""
+        coming = [node for node, peer in self.followers.items() if not peer.ready and not peer.finished]
+        if coming:
+            self._hold(f"waiting for {', '.join(coming)}")
+            return True
+        if len(ready) + 1 >= self.limits.maximum and self.limits.fit(len(ready) + 1):
+            return False
+        old = self.membership.nodes if self.membership else ()
+        here = {self.me.node, *self.followers} | self._finished
+        if any(node in here for node in old):
+            complete = all(node in here for node in old)
+            return not complete and now - self._joined_at < self.timing.gather_s
+        return now - self._joined_at < self.timing.join_window_s
+
+    def _too_few(self, nodes: int, now: float) -> None:
+        if self._short_since is None:
+            self._short_since = now
+        text = f"{nodes} nodes are here, at least {self.limits.minimum} are needed (--nnodes)"
+        self._hold(text)
+        if now - self._short_since >= self.timing.min_wait_s:
+            self._end_all(EXIT_TOO_FEW, f"{text}; nobody came within {self.timing.min_wait_s:g} s")
+
+    # Small things
+
+    def _avoid(self, now: float) -> Collection[str]:
+        return self._blame.quarantined(
+            now, failures=self.timing.quarantine_failures, window_s=self.timing.quarantine_window_s
+        )
+
+    def _release(self, membership: Membership) -> None:
+        if membership.rank(self.me.node) is not None and self.ready:
+            self.ready, self.mine = False, membership
+            self._do(Release(membership))
+
+    def _kill(self, reason: str) -> None:
+        if self.mine is not None:
+            self.mine = None
+            self._do(Kill(reason))
+
+    def _end(self, code: int, reason: str) -> None:
+        self.over = True
+        self._kill(reason)
+        self._do(Exit(code, reason))
+
+    def _let_go(self, node: str, reason: str) -> None:
+        """A follower is lost to us, whether the connection still stands or not."""
+        if peer := self.followers.pop(node, None):
+            self._do(Close(node))
+            self._do(Note(f"lost {peer.member.name} ({node}): {reason}"))
+
+    def _is_member(self, node: str) -> bool:
+        return self.membership is not None and self.membership.rank(node) is not None
+
+    def _member_followers(self) -> list[str]:
+        return [node for node in self.followers if self._is_member(node)]
+
+    def _hold(self, text: str) -> None:
+        """Note what keeps us from going on, once: not again for another number of seconds."""
+        kind = "".join(c for c in text if not c.isdigit())
+        if kind != self._held:
+            self._held = kind
+            self._do(Note(text))
+
+    def _send(self, node: str | None, message: Up | Down) -> None:
+        self._do(Send(node, message))
+
+    def _do(self, action: Action) -> None:
+        self._out.append(action)

@@ -1,0 +1,103 @@
+"""What agents say to each other. Plain data; none of it is stored.
+
+    dialling -> dialled   Hello; then, if it stays, Join
+    dialled -> dialling   Welcome, Refused
+    follower -> leader    Stopped, Ready, Finished, Share, Ping
+    leader -> follower    Stop, Go, Share, End, Ping
+
+A leader is followed; so is a candidate, which gathers nodes while there is no leader.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from elastic.membership import Member, Membership
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True):
+    """What agents must have in common to work together."""
+
+    run_id: str
+    command: str
+    limits: str
+    version: str
+
+
+class Hello(_Message, frozen=True):
+    me: Member
+    job: Job
+
+
+class Welcome(_Message, frozen=True):
+    """`leads`: of `generation`, the newest this node knows. `follows`: whom to ask instead. `finished`: cannot lead."""
+
+    leads: bool
+    generation: int
+    follows: Member | None
+    finished: bool
+
+
+class Refused(_Message, frozen=True):
+    reason: str
+
+
+class Join(_Message, frozen=True):
+    """The dialling node follows from now on."""
+
+    me: Member
+    ready: bool
+    finished: bool
+
+
+class Stopped(_Message, frozen=True):
+    """My workers do not run any more. `failed`: they ended by themselves, and not well."""
+
+    failed: bool
+
+
+class Ready(_Message, frozen=True):
+    """I wait for the next generation: what my workers left in memory is settled."""
+
+
+class Finished(_Message, frozen=True):
+    """My workers ended well; I wait for the others'."""
+
+
+class Share(_Message, frozen=True):
+    """A value that every member of the generation shall have."""
+
+    generation: int
+    key: str
+    value: bytes
+
+
+class Ping(_Message, frozen=True):
+    pass
+
+
+class Stop(_Message, frozen=True):
+    """Kill your workers: this generation is over."""
+
+    reason: str
+
+
+class Go(_Message, frozen=True):
+    membership: Membership
+
+
+class End(_Message, frozen=True):
+    """The job is over; agents exit with `code`."""
+
+    code: int
+    reason: str
+
+
+Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Share | Ping
+Down: TypeAlias = Welcome | Refused | Stop | Go | Share | End | Ping

@@ -1,0 +1,76 @@
+"""What a run's directory tells of its membership, for people. Reads only; asks no agent."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ckpt.log import View
+from ckpt.run import RunDirectory
+from elastic.membership import Membership, of_start
+from elastic.roster import Pulse, read_pulse
+
+WATCH_S = 2.5  # the counter moves every second
+
+
+def status(url: str, *, watch_s: float = WATCH_S) -> dict[str, Any]:
+    """Generation, members, spares, quarantined nodes, whether the leader's counter moves, last steps, and the history.
+
+    Takes `watch_s`, to see the counter move. Raises NotFound if there is no run at `url`.
+    """
+    run = RunDirectory.open(url)
+    view, before = run.log.read(), read_pulse(run)
+    membership = of_start(view.holder)
+    if membership is not None and not (before is not None and before.over):
+        time.sleep(watch_s)
+    return describe(run.url, view, membership, before, read_pulse(run))
+
+
+def describe(
+    url: str, view: View, membership: Membership | None, before: Pulse | None, after: Pulse | None
+) -> dict[str, Any]:
+    """`status` from what was read: the log, and the leader's counter twice."""
+    own = after if after is not None and membership is not None and after.node == membership.leader else None
+    commits = dict.fromkeys((start.generation for start in view.starts), 0)
+    for commit in view.commits.values():
+        commits[commit.generation] = commits.get(commit.generation, 0) + 1
+    return {
+        "url": url,
+        "generation": view.generation,
+        "state": _state(membership, before, own),
+        "reason": view.holder.reason if view.holder else "",
+        "unix_s": view.holder.unix_s if view.holder else 0.0,
+        "members": [
+            {
+                "rank": rank,
+                "name": member.name,
+                "node": member.node,
+                "addresses": [f"{address}:{member.port}" for address in member.addresses],
+                "leads": member.node == membership.leader,
+            }
+            for rank, member in enumerate(membership.members)
+        ]
+        if membership is not None
+        else [],
+        "spares": list(own.waiting) if own else [],
+        "quarantined": list(own.avoided) if own else [],
+        "steps": [commit.step for commit in view.lineage()][-5:],
+        "generations": [
+            {
+                "generation": start.generation,
+                "unix_s": start.unix_s,
+                "nodes": len(start.members),
+                "reason": start.reason,
+                "commits": commits[start.generation],
+            }
+            for start in view.starts
+        ],
+    }
+
+
+def _state(membership: Membership | None, before: Pulse | None, own: Pulse | None) -> str:
+    if membership is None:
+        return "not elastic"
+    if own is not None and own.over:
+        return "done" if own.done else "over"
+    return "led" if own is not None and own != before else "no leader"

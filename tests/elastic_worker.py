@@ -1,0 +1,63 @@
+"""What the tests' agents run: trains until told to stop, saves every step, and says what it does in a file of its own.
+
+    elastic_worker.py RUN EVENTS
+
+Every element of the state is a function of the step, so that a state restored wrong or mixed is seen. It ends once
+EVENTS/finish exists (read by rank 0, told to all), with the exit code that stands there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ckpt
+import elastic
+
+STEP_S = 0.05  # so that a test's machine has time for other things; nothing waits for it
+
+
+def expected(step: int) -> torch.Tensor:
+    return torch.arange(1000, dtype=torch.float64) * step + step
+
+
+def main(url: str, events: Path) -> int:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with open(events / f"{os.getpid()}.jsonl", "a", buffering=1) as out:
+
+        def say(what: str, **more: Any) -> None:
+            current = elastic.current()
+            assert current is not None
+            more |= {"at": time.time(), "generation": current.generation, "node": os.environ["TEST_NODE"]}
+            out.write(json.dumps({"what": what, "rank": rank, "world": world, "pid": os.getpid(), **more}) + "\n")
+
+        state = {"w": expected(0), "step": 0}
+        with ckpt.Checkpointer(url, commit_timeout_s=60) as checkpointer:
+            step = checkpointer.restore(state) or 0
+            right = bool(torch.equal(state["w"], expected(step))) and state["step"] == step
+            say("restored", step=step, right=right)
+            while True:
+                word = torch.tensor([int((events / "finish").exists()) if rank == 0 else 0])
+                dist.broadcast(word, 0)
+                if int(word):
+                    break
+                step += 1
+                state["w"], state["step"] = expected(step), step
+                checkpointer.save(step, state)
+                say("step", step=step)
+                time.sleep(STEP_S)
+        say("end", step=step)
+    dist.destroy_process_group()
+    return int((events / "finish").read_text() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

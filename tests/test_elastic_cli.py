@@ -1,0 +1,163 @@
+"""The command `elastic`: the launcher's exit codes, and what status tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from keepers import until
+
+from ckpt.log import View, decide_start
+from ckpt.run import RunDirectory
+from elastic.cli import torchrun_arguments
+from elastic.membership import Member, of_start, to_record
+from elastic.roster import Pulse
+from elastic.status import describe, status
+
+ROOT = Path(__file__).parent.parent
+MEMBERS = tuple(Member(name, f"host-{name}", ("10.0.0.1",), 7) for name in "ab")
+
+
+def elastic(folder: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **more}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from elastic.cli import main; main()", *arguments],
+        env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def end_of(process: subprocess.Popen[str], deadline_s: float = 60) -> tuple[int, str]:
+    try:
+        said, _ = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"it has not ended within {deadline_s:g} s: {process.communicate()[0]}") from None
+    return process.returncode, said
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "script.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_job_ends_with_0_and_its_workers_know_their_generation(tmp_path: Path) -> None:
+    text = "import elastic; now = elastic.current(); print('at', now.generation, now.group_rank, now.group_world)"
+    code, said = end_of(elastic(tmp_path, "run", "run", "--", script(tmp_path, text), ELASTIC_JOIN_WINDOW_S="0"))
+    assert code == 0, said
+    assert "at 1 0 1" in said
+    found = status(str(tmp_path / "run"), watch_s=0)
+    assert (found["generation"], found["state"], found["steps"]) == (1, "done", [])
+
+
+def test_workers_that_fail_again_and_again_end_the_job(tmp_path: Path) -> None:
+    more = {"ELASTIC_JOIN_WINDOW_S": "0", "ELASTIC_FRUITLESS_LIMIT": "2"}
+    code, said = end_of(elastic(tmp_path, "run", "run", "--", script(tmp_path, "raise SystemExit(7)"), **more))
+    assert code == 76, said
+    assert "failed 2 times without a new step" in said
+    assert RunDirectory.open(tmp_path / "run").log.read().generation == 2
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_agent_and_its_workers(tmp_path: Path, number: signal.Signals, expected: int) -> None:
+    text = (
+        "import os, signal; open('pid.part', 'w').write(str(os.getpid())); os.rename('pid.part', 'pid'); signal.pause()"
+    )
+    process = elastic(tmp_path, "run", "run", "--", script(tmp_path, text), ELASTIC_JOIN_WINDOW_S="0")
+    try:
+        until("the worker runs", (tmp_path / "pid").exists)
+        process.send_signal(number)
+        code, said = end_of(process)
+        assert code == expected, said
+        assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+    finally:
+        process.kill()
+
+
+def test_workers_and_what_they_started_die_with_their_agent_but_a_keeper_does_not(tmp_path: Path) -> None:
+    text = """
+import os, signal, subprocess, sys
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+others = [subprocess.Popen([*sleep, *more], start_new_session=True) for more in ([], ["ckpt.keeper"])]
+open("pids.part", "w").write(" ".join(map(str, [os.getpid(), *(other.pid for other in others)])))
+os.rename("pids.part", "pids")
+signal.pause()
+"""
+    process = elastic(tmp_path, "run", "run", "--", script(tmp_path, text), ELASTIC_JOIN_WINDOW_S="0")
+    pids: list[int] = []
+    try:
+        until("the worker runs", (tmp_path / "pids").exists)
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        process.kill()
+        until("worker and child are dead", lambda: not any(alive(pid) for pid in pids[:2]))
+        assert alive(pids[2]), "the keeper has to store what the worker left"
+    finally:
+        process.kill()
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_job_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> None:
+    code, said = end_of(elastic(tmp_path, "run", "--nodes", "5:7", "run", "--", "x.py", ELASTIC_UNIT="4"))
+    assert code == 13, said
+    assert "multiple of 4" in said
+
+
+def test_what_stands_after_the_url_goes_to_torchrun() -> None:
+    found = torchrun_arguments("/run", "2:8", "4", "job", ["--", "-m", "pkg.train", "--lr", "1"])
+    assert found[-6:] == ["--nproc-per-node", "4", "-m", "pkg.train", "--lr", "1"]
+    assert found[found.index("--nnodes") + 1] == "2:8"
+    assert found[found.index("--max-restarts") + 1] == "1000000"
+
+
+# Status
+
+
+def view_of(reason: str) -> View:
+    members = to_record(MEMBERS, "a", 9, "s1")
+    return View().after(decide_start(View(), nonce="s1", run_id=None, reason=reason, members=members, unix_s=1.0))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state"),
+    [
+        (Pulse("a", 1, 3), Pulse("a", 1, 5, waiting=("host-c",), avoided=("host-d",)), "led"),
+        (Pulse("a", 1, 3), Pulse("a", 1, 3), "no leader"),
+        (None, None, "no leader"),
+        (Pulse("x", 1, 3), Pulse("x", 1, 4), "no leader"),
+        (Pulse("a", 1, 3), Pulse("a", 1, 4, over=True), "over"),
+        (Pulse("a", 1, 3), Pulse("a", 1, 4, over=True, done=True), "done"),
+    ],
+)
+def test_whether_there_is_a_leader_is_seen_by_its_counter(before: Any, after: Any, state: str) -> None:
+    view = view_of("why")
+    found = describe("/run", view, of_start(view.holder), before, after)
+    assert found["state"] == state
+    assert [(m["rank"], m["name"], m["leads"]) for m in found["members"]] == [(0, "host-a", True), (1, "host-b", False)]
+    if state == "led":
+        assert (found["spares"], found["quarantined"]) == (["host-c"], ["host-d"])
+    one = {"generation": 1, "unix_s": 1.0, "nodes": 2, "reason": "why", "commits": 0}
+    assert found["generations"] == [one]
+    json.dumps(found)
+
+
+def test_status_of_nothing_exits_10_and_of_a_run_is_printed(tmp_path: Path) -> None:
+    assert end_of(elastic(tmp_path, "status", "nowhere"))[0] == 10
+    RunDirectory.open(tmp_path / "run", create=True)
+    code, said = end_of(elastic(tmp_path, "status", "run"))
+    assert (code, said.splitlines()[0]) == (0, "generation 0, not elastic: nobody has begun")

@@ -165,6 +165,17 @@ def test_errors_name_operation_path_and_cause(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.timeout(20)
+def test_a_write_that_makes_no_progress_is_an_error_and_no_endless_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PosixStore(str(tmp_path))
+    monkeypatch.setattr(os, "write", lambda *_: 0)
+    for operation in (store.create, store.put):
+        with pytest.raises(StorageError, match="no progress"):
+            operation("x", b"data")
+
+
 def test_leftovers_of_a_crash_are_not_listed(tmp_path: Path) -> None:
     store = PosixStore(str(tmp_path))
     store.create("log/0000000000.json", b"x")

@@ -323,7 +323,10 @@ def _write_and_close(fd: int, data: bytes) -> None:
     try:
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(fd, rest) :]
+            written = os.write(fd, rest)
+            if written <= 0:
+                raise OSError(errno.EIO, "a write made no progress")
+            rest = rest[written:]
         os.fsync(fd)
     finally:
         os.close(fd)

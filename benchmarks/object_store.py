@@ -31,9 +31,9 @@ from ckpt.buffers import aligned, each
 from ckpt.datafile import open_data
 from ckpt.manifest import BLOCK_BYTES, Chunk, digest
 from ckpt.plan import RUN_BYTES, Target, plan_load
-from ckpt.reading import REQUESTS, read_data
+from ckpt.reading import read_data
 from ckpt.sharding import Whole, pieces_of
-from ckpt.store import Store
+from ckpt.store import REQUESTS, Store
 from ckpt.stores import open_store
 from ckpt.stores.s3 import PART_BYTES, S3Bucket
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ckpt.agreement import Signal, on_first, require_equal, together
+from ckpt.arguments import run_id_of, step_number
 from ckpt.errors import CkptError, Incompatible
 from ckpt.figures import Reporter
 from ckpt.handle import SaveHandle
@@ -30,7 +31,7 @@ from ckpt.restorer import Relaxed
 from ckpt.resume import RESUME_FROM, asked_back
 from ckpt.retention import Keep
 from ckpt.run import RunDirectory
-from ckpt.saver import Options, Saver, step_number
+from ckpt.saver import Options, Saver
 
 log = logging.getLogger("ckpt")
 
@@ -89,7 +90,7 @@ class Checkpointer:
         self._interval = self._every.interval()
         self._ranks: Ranks = connect(commit_timeout_s)
         self._holder: Holder | None = None
-        job = _run_id(run_id)
+        job = run_id_of(run_id)
 
         def open_first() -> RunDirectory:
             run = RunDirectory.open(place, create=True)
@@ -424,11 +425,3 @@ def _check_fencing(run: RunDirectory, strict: bool) -> None:
             "strict_fencing=False."
         )
     log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)
-
-
-def _run_id(given: str | None) -> str | None:
-    """The name of this job: as given, or where its launcher gave it one of its own."""
-    if given is not None and not (isinstance(given, str) and given.isprintable() and len(given) <= 256):
-        raise Incompatible(f"run_id is a printable string of at most 256 characters, not {given!r:.100}")
-    found = given or os.environ.get("CKPT_RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    return found if found and found != "none" else None

@@ -33,7 +33,6 @@ from ckpt.sharding import ITEMSIZE
 from ckpt.slices import Slice, flat_span
 
 READ_THREADS = 3  # the disk works on while two verify and copy; more only wait for each other where it is not asked
-REQUESTS = 16  # where the store is reached by requests
 READ_AHEAD = 8  # fetches of at most RUN_BYTES each
 TURN = 16  # fetches that a rank reads first, of those it shares with others
 OPEN_FILES = 32

@@ -38,11 +38,12 @@ from ckpt.manifest import (
 from ckpt.plan import LoadPlan, Target, needed_parts, plan_load
 from ckpt.process import no_collection
 from ckpt.ranks import Ranks
-from ckpt.reading import READ_THREADS, REQUESTS, Neighbours, machine, read_data
+from ckpt.reading import READ_THREADS, Neighbours, machine, read_data
 from ckpt.records import Commit
 from ckpt.run import RunDirectory
 from ckpt.sharding import Sharding, TensorSpec, pieces_of
 from ckpt.slices import Slice
+from ckpt.store import REQUESTS, by_requests
 
 log = logging.getLogger("ckpt")
 
@@ -154,7 +155,7 @@ class StepReader:
     @property
     def threads(self) -> int:
         """How many reads are under way at a time."""
-        return READ_THREADS if self.run.store.local_path("") is not None else REQUESTS
+        return REQUESTS if by_requests(self.run.store) else READ_THREADS
 
     def saved(self, rename: Mapping[str, str] | None = None) -> tuple[Saved, dict[str, str]]:
         """What the step holds under the names of the target, and the stored name of each."""

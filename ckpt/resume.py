@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,8 +215,3 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def age_s(commit: Commit) -> float:
-    """Seconds since a commit, by the writer's clock and ours."""
-    return max(time.time() - commit.unix_s, 0.0)

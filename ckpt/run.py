@@ -38,7 +38,7 @@ from ckpt.records import (
     slot_name,
 )
 from ckpt.signing import Chain, signing_key
-from ckpt.store import AlreadyExists, OutcomeUnknown, Store
+from ckpt.store import REQUESTS, AlreadyExists, OutcomeUnknown, Store, by_requests
 from ckpt.stores import open_store
 
 FORMAT_NAME: Final = "holdfast"
@@ -52,7 +52,6 @@ STEPS: Final = "steps"
 _TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appended
 _UNKNOWN_LIMIT = 12  # creates of unknown outcome, 40 s of waiting in all; what stands there is read after each
 _UNKNOWN_WAIT_S = 8.0
-_READ_AT_ONCE = 16  # slots, where the store is reached by requests
 _LOOK_S = 0.05
 
 RecordT = TypeVar("RecordT", Start, Commit, Pin, Unpin, Retire, Request)
@@ -220,8 +219,8 @@ class RunLog:
 
     def _read_new(self) -> list[Entry]:
         slots = range(self._view.next_slot, self._end())
-        if len(slots) > 1 and self._store.local_path(LOG) is None:
-            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        if len(slots) > 1 and by_requests(self._store):
+            with ThreadPoolExecutor(REQUESTS) as pool:
                 found = list(pool.map(self._slot, slots))
         else:
             found = list(map(self._slot, slots))

@@ -7,7 +7,6 @@ collective happens in the calling thread, before `save` returns.
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import secrets
 import time
@@ -20,6 +19,7 @@ import msgspec
 
 from ckpt.adapt import Collected, Fence, Versions, collect_state
 from ckpt.agreement import Signal, is_one, on_first, raise_together, together, word
+from ckpt.arguments import checked_metrics, step_number
 from ckpt.errors import CkptError, Incompatible, SaveFailed
 from ckpt.exchange import (
     agree_on_world,
@@ -53,10 +53,10 @@ from ckpt.records import attempt_name
 from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.stage import RING_PLACES, Arena, CopyPlan, Ring, Stage, plan_copy
+from ckpt.store import by_requests
 
 log = logging.getLogger("ckpt")
 
-METRICS_LIMIT_BYTES = 32 * 1024
 COPY_THREADS_LIMIT = 4
 FINISHED_LIMIT = 64  # costs of saves that nobody has asked for yet
 
@@ -211,7 +211,7 @@ class Saver:
         assert self._began is not None
         collected = request.collected
         # A ring is emptied in the order in which it was filled; a store that is sent parts wants that of the file.
-        in_file_order = not self._stage.holds and self._run.store.local_path("") is None
+        in_file_order = not self._stage.holds and by_requests(self._run.store)
         overlap = self._options.overlap and not in_file_order
         overlapped = collected.overlappable() if overlap else frozenset[str]()
         copy_plan = layout.copy_plan(overlapped)
@@ -495,23 +495,3 @@ class _Save:
     @property
     def told(self) -> bool:
         return self.pending.told
-
-
-def step_number(step: object) -> int:
-    """`step` as a plain int in [0, 2**63); `Incompatible` for anything else."""
-    if not isinstance(step, bool) and hasattr(step, "__index__") and 0 <= (number := operator.index(step)) < 1 << 63:
-        return int(number)
-    raise Incompatible(f"a step is the number of completed steps, an int of 0 or more, not {step!r:.100}")
-
-
-def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """`metrics` as floats; `Incompatible` for other types, or for more than a log record may hold."""
-    try:
-        found = {name: float(value) for name, value in metrics.items()}
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise Incompatible(f"metrics are numbers by name: {error}") from error
-    if any(not isinstance(name, str) or not name.isprintable() for name in found):
-        raise Incompatible(f"names of metrics are printable strings, got {list(found)[:4]!r:.200}")
-    if (nbytes := sum(len(name.encode()) + 32 for name in found)) > METRICS_LIMIT_BYTES:
-        raise Incompatible(f"{len(found)} metrics take about {nbytes} bytes, the limit is {METRICS_LIMIT_BYTES}")
-    return found

@@ -17,6 +17,7 @@ from ckpt.errors import StorageError
 
 FILES_IN_CAPITALS: Final = frozenset({"FORMAT.json", "MANIFEST"})
 COMPONENT_LIMIT: Final = 160
+REQUESTS: Final = 16  # under way at a time, where a store is reached by requests
 _COMPONENT = re.compile(r"[a-z0-9_-][a-z0-9._-]*")
 
 Names: TypeAlias = list[str]
@@ -153,6 +154,11 @@ class Store(Protocol):
 
     def local_path(self, path: str) -> str | None:
         """The file's path on this machine for pread, or None if the store is reached by requests."""
+
+
+def by_requests(store: Store) -> bool:
+    """Whether each operation is a request to a server, so that many at a time are faster than one."""
+    return store.local_path("") is None
 
 
 def check_path(path: str, *, root_allowed: bool = False) -> tuple[str, ...]:

@@ -440,3 +440,32 @@ def _short(path: str) -> Iterator[str]:
         yield f"/proc/self/fd/{directory}/{os.path.basename(path)}"
     finally:
         os.close(directory)
+
+
+OUTBOX_LIMIT = 10_000
+
+
+class Outbox:
+    """Messages on their way through a channel, in order; `tell` never blocks."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(OUTBOX_LIMIT)
+        self._task = asyncio.get_running_loop().create_task(self._send())
+
+    def tell(self, message: Any) -> None:
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self.close()  # it does not read; it will connect again
+
+    async def _send(self) -> None:
+        try:
+            while True:
+                await self._channel.send(await self._queue.get())
+        except (CkptError, OSError):
+            self._channel.close()
+
+    def close(self) -> None:
+        self._task.cancel()
+        self._channel.close()

@@ -5,18 +5,14 @@ Owns what is printed: data on stdout, progress and errors on stderr.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from ckpt.errors import CkptError
+from ckpt.console import Json, age, columns, json_option, output, plain, run_command, say, url_argument
 
 MAX_RESTARTS = 1_000_000
 HISTORY = 10
@@ -46,7 +42,7 @@ def cli() -> None:
 @click.option("--workers", default="auto", show_default=True, metavar="N",
               help="Workers on this node; auto: one for each CUDA device, or one.")  # fmt: skip
 @click.option("--run-id", default="none", metavar="ID", help="Agents of one job have the same; others are refused.")
-@click.argument("url", envvar="CKPT_URL", metavar="URL")
+@url_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- SCRIPT...")
 def run(nodes: str, workers: str, run_id: str, url: str, command: Sequence[str]) -> None:
     """Start this node's agent for the run at URL: torchrun with elastic rendezvous and restarts without end.
@@ -92,8 +88,8 @@ def _launch(arguments: list[str]) -> int:
 
 
 @cli.command("status")
-@click.argument("url", envvar="CKPT_URL", metavar="URL")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+@url_argument
+@json_option
 def show_status(url: str, as_json: bool) -> None:
     """Show who works on the run at URL, who waits, and why generations ended. Takes a few seconds; changes nothing.
 
@@ -106,44 +102,28 @@ def show_status(url: str, as_json: bool) -> None:
     """
     from elastic.status import status
 
-    found = status(url)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        _print(found)
+    output(status(url), as_json, _print)
 
 
-def _print(found: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"generation {found['generation']}, {found['state']}: {found['reason'] or 'nobody has begun'}")
-    members = Table("rank", "node", "address", "", box=None)
-    for member in found["members"]:
-        leads = "leads" if member["leads"] else ""
-        members.add_row(str(member["rank"]), member["name"], member["addresses"][0], leads)
+def _print(found: Json) -> None:
+    say(f"generation {found['generation']}, {found['state']}: {plain(found['reason']) or 'nobody has begun'}")
     if found["members"]:
-        console.print(members)
+        members = columns("rank", "node", "address", "", right="rank")
+        for member in found["members"]:
+            leads = "leads" if member["leads"] else ""
+            members.add_row(str(member["rank"]), plain(member["name"]), plain(member["addresses"][0]), leads)
+        say(members)
     for what in ("spares", "quarantined"):
         if found[what]:
-            console.print(f"{what}: {', '.join(found[what])}")
-    console.print(f"newest steps: {', '.join(map(str, found['steps'])) or 'none'}")
-    history = Table("generation", "began", "nodes", "commits", "why", box=None)
+            say(f"{what}: {plain(', '.join(found[what]))}")
+    say(f"newest steps: {', '.join(map(str, found['steps'])) or 'none'}")
+    history = columns("generation", "age", "nodes", "commits", "why", right="generation age nodes commits")
     for one in found["generations"][-HISTORY:]:
-        began = datetime.fromtimestamp(one["unix_s"]).astimezone().isoformat(" ", "seconds")
-        history.add_row(str(one["generation"]), began, str(one["nodes"] or "-"), str(one["commits"]), one["reason"])
-    console.print(history)
+        nodes = str(one["nodes"] or "-")
+        history.add_row(str(one["generation"]), age(one["unix_s"]), nodes, str(one["commits"]), plain(one["reason"]))
+    say(history)
 
 
 def main() -> NoReturn:
     """Entry point: run the command, say what went wrong on stderr, exit as the module says."""
-    try:
-        code = cli.main(prog_name="elastic", standalone_mode=False)
-    except CkptError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    run_command(cli, "elastic")

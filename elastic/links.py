@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from ckpt.errors import CkptError
-from ckpt.wire import Channel, dial_tcp
+from ckpt.wire import Channel, Outbox, dial_tcp
 from elastic.membership import Member
 from elastic.messages import Down, Hello, Refused, Welcome
 
 log = logging.getLogger("elastic")
 
-WAITING_LIMIT = 10_000
 
-
-class Link:
-    """One connection. `tell` never blocks; what cannot be delivered is lost with the connection."""
+class Link(Outbox):
+    """One connection, both ways. What cannot be delivered is lost with it."""
 
     def __init__(self, channel: Channel, address: str = "") -> None:
-        self._channel, self.address = channel, address
-        self._waiting: asyncio.Queue[Any] = asyncio.Queue(WAITING_LIMIT)
-        self._sender = asyncio.get_running_loop().create_task(self._send())
+        super().__init__(channel)
+        self._receive, self.address = channel.receive, address
         self.reader: asyncio.Task[None] | None = None
-
-    def tell(self, message: Any) -> None:
-        try:
-            self._waiting.put_nowait(message)
-        except asyncio.QueueFull:
-            self.close()
-
-    async def _send(self) -> None:
-        with contextlib.suppress(CkptError, OSError):
-            while True:
-                await self._channel.send(await self._waiting.get())
-        self._channel.close()
 
     async def receive(self) -> Any:
         """The next message; None when the other end is gone."""
-        return await self._channel.receive()
-
-    def close(self) -> None:
-        self._sender.cancel()
-        self._channel.close()
+        return await self._receive()
 
 
 async def ask(target: Member, token: bytes, hello: Hello, limit_s: float) -> tuple[Link, Welcome | Refused] | None:

@@ -22,7 +22,7 @@ from torch import nn
 
 import ckpt.cli
 from ckpt.check import FINDINGS_LIMIT, check_step
-from ckpt.cli.shared import age, plain, ranges, short, size
+from ckpt.console import age, plain, ranges, short, size
 from ckpt.holder import find_commit
 from ckpt.log import decide_retire
 from ckpt.manifest import BLOCK_BYTES, Part, decode_part

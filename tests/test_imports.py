@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = [
     "ckpt.errors",
+    "ckpt.arguments",
     "ckpt.interval",
     "ckpt.figures",
     "ckpt.slices",
@@ -78,7 +79,7 @@ ORDER = [
     "ckpt.copying",
     "ckpt.doctor",
     "ckpt.diff",
-    "ckpt.cli.shared",
+    "ckpt.console",
     "ckpt.cli.look",
     "ckpt.cli.verify",
     "ckpt.cli.change",

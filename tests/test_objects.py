@@ -55,10 +55,15 @@ def azurite_server() -> Iterator[str]:
         yield connection
 
 
-def bucket(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> str:
-    """A new bucket; this process and its children reach it by its URL from now on."""
+def reach(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """This process and its children reach the server from now on."""
     for name, value in servers.s3_environment(endpoint).items():
         monkeypatch.setenv(name, value)
+
+
+def bucket(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> str:
+    """The URL of a new bucket of the server, which is reached from now on."""
+    reach(monkeypatch, endpoint)
     from ckpt.stores.s3 import S3Bucket
 
     name = f"bucket-{uuid.uuid4()}"
@@ -110,8 +115,7 @@ class TestRclone(ObjectConformance):
 
     @pytest.fixture
     def open_again(self, rclone_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Store]:
-        for name, value in servers.s3_environment(rclone_server).items():
-            monkeypatch.setenv(name, value)
+        reach(monkeypatch, rclone_server)
         url = f"s3://bucket/{uuid.uuid4()}"
         return lambda: open_store(url)
 
@@ -138,8 +142,7 @@ def test_doctor_trusts_what_can_be_trusted(
 
 
 def test_doctor_finds_the_liar_out(rclone_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in servers.s3_environment(rclone_server).items():
-        monkeypatch.setenv(name, value)
+    reach(monkeypatch, rclone_server)
     found = examine(ObjectStore(Retried(s3.S3Bucket("bucket"), retry_s=2.0), str(uuid.uuid4())))
     assert found.usable
     assert not found.fences
@@ -149,8 +152,7 @@ def test_doctor_finds_the_liar_out(rclone_server: str, monkeypatch: pytest.Monke
 def test_a_store_that_lies_needs_a_promise(
     rclone_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, value in servers.s3_environment(rclone_server).items():
-        monkeypatch.setenv(name, value)
+    reach(monkeypatch, rclone_server)
     url = f"s3://bucket/{uuid.uuid4()}"
     with pytest.raises(Incompatible, match="strict_fencing=False"):
         ckpt.Checkpointer(url)

@@ -7,7 +7,6 @@ width and long names are wrapped; elsewhere a row is one line of plain text, nev
 
 from __future__ import annotations
 
-import sys
 from typing import NoReturn
 
 import click
@@ -17,9 +16,8 @@ from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.look import list_steps, show
 from ckpt.cli.resume import resume
-from ckpt.cli.shared import plain
 from ckpt.cli.verify import check
-from ckpt.errors import CkptError
+from ckpt.console import run_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,16 +54,4 @@ for command in (list_steps, show, check, diff, resume, copy_run, gc, pin_step, u
 
 def main() -> NoReturn:
     """Entry point: run the command, say what went wrong on stderr, exit as the module says."""
-    try:
-        code = cli.main(prog_name="ckpt", standalone_mode=False)
-    except CkptError as error:
-        text = "\n".join(map(plain, str(error).split("\n")))
-        click.echo(f"{type(error).__name__}: {text}", err=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    run_command(cli, "ckpt")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from ckpt.cli.shared import (
+from ckpt.console import (
     Json,
     byte_progress,
     columns,

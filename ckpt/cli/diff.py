@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ckpt.cli.shared import Json, columns, count, find, json_option, open_at, output, plain, say
+from ckpt.console import Json, columns, count, find, json_option, open_at, output, plain, say
 from ckpt.diff import Difference, Differences, compare_steps
 from ckpt.records import Commit
 from ckpt.restorer import StepReader

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from ckpt.cli.shared import Json, columns, json_option, output, plain, say, url_argument
+from ckpt.console import Json, columns, json_option, output, plain, say, url_argument
 from ckpt.doctor import Diagnosis, examine
 from ckpt.stores import open_store
 

@@ -9,7 +9,7 @@ from datetime import datetime
 import click
 
 from ckpt.check import Values, check_log
-from ckpt.cli.shared import (
+from ckpt.console import (
     Json,
     age,
     columns,

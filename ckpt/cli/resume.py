@@ -9,7 +9,7 @@ from functools import partial
 import click
 
 from ckpt.check import is_whole
-from ckpt.cli.shared import Json, age, count, json_option, output, plain, size, url_argument
+from ckpt.console import Json, age, count, json_option, output, plain, size, url_argument
 from ckpt.errors import NotFound
 from ckpt.resume import RESUME_FROM, Choice, Supervisor, asked_back, choose, environment
 from ckpt.run import RunDirectory

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ckpt.check import Finding, Report, check_log, check_step
-from ckpt.cli.shared import (
+from ckpt.console import (
     Json,
     count,
     find,

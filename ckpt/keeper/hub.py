@@ -25,40 +25,13 @@ from ckpt.keeper.orders import (
 )
 from ckpt.retention import Keep
 from ckpt.run import RunDirectory
-from ckpt.wire import Channel, Server, dial_tcp, serve_tcp
+from ckpt.wire import Channel, Outbox, Server, dial_tcp, serve_tcp
 
 log = logging.getLogger("ckpt.keeper")
 
-OUTBOX_LIMIT = 10_000
 TICK_S = 0.25
 REDIAL_S = 0.5
 GONE_S = 10.0  # a coordinator that cannot be reached for so long, once a new start waits, is given up
-
-
-class Outbox:
-    """Messages on their way through a channel, in order; `tell` never blocks."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._queue: asyncio.Queue[Any] = asyncio.Queue(OUTBOX_LIMIT)
-        self._task = asyncio.get_running_loop().create_task(self._send())
-
-    def tell(self, message: Any) -> None:
-        try:
-            self._queue.put_nowait(message)
-        except asyncio.QueueFull:
-            self.close()  # it does not read; it will connect again
-
-    async def _send(self) -> None:
-        try:
-            while True:
-                await self._channel.send(await self._queue.get())
-        except (CkptError, OSError):
-            self._channel.close()
-
-    def close(self) -> None:
-        self._task.cancel()
-        self._channel.close()
 
 
 class Hub:

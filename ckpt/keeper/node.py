@@ -42,7 +42,7 @@ from ckpt.keeper.ram import RamTier
 from ckpt.layout import owned_by
 from ckpt.manifest import data_name, digest, matches, part_name
 from ckpt.run import RunDirectory
-from ckpt.store import DataWriter
+from ckpt.store import REQUESTS, DataWriter
 
 log = logging.getLogger("ckpt.keeper")
 
@@ -50,7 +50,6 @@ T = TypeVar("T")
 
 THREADS_LIMIT = 64
 IO_THREADS = 4  # for all ranks of the node together; two writers reach the limit of one disk
-REQUESTS = 16  # where the store is reached by requests
 OUTCOMES_LIMIT = 64  # outcomes kept for workers that ask again
 
 

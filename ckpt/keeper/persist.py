@@ -162,7 +162,7 @@ def take_in(
     `freed(n)`: the first n runs are no longer needed in memory; called from any thread. Raises StorageError if the
     store refuses, SaveFailed if the copy ends early or `deadline` (monotonic) passes.
     """
-    pieces, digests, taken = pieces_of(order), Digests(order, digest), _Prefix(freed)
+    digests, taken = Digests(order, digest), _Prefix(freed)
 
     def act(index: int) -> None:
         copying.wait_for(index, deadline)
@@ -181,6 +181,7 @@ def take_in(
     if into is not None and into.in_order and not order.ring:
         indices = sorted(indices, key=lambda index: order.runs[index][0])
     try:
+        pieces = pieces_of(order)
         _in_threads(indices, act, threads)
     except BaseException:
         if into is not None:

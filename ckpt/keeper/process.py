@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ckpt.errors import CkptError, NotFound
-from ckpt.keeper.hub import GONE_S, TICK_S, Hub, Outbox, Remote
+from ckpt.keeper.hub import GONE_S, TICK_S, Hub, Remote
 from ckpt.keeper.node import Link, Node
 from ckpt.keeper.orders import (
     Abort,
@@ -35,7 +35,7 @@ from ckpt.keeper.orders import (
 )
 from ckpt.keeper.ram import Claim, RamTier, node_name
 from ckpt.run import RunDirectory
-from ckpt.wire import Channel, serve_unix
+from ckpt.wire import Channel, Outbox, serve_unix
 
 log = logging.getLogger("ckpt.keeper")
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ckpt.errors import CkptError, Corrupt, NotFound, StorageError
 from ckpt.store import (
-    FILES_IN_CAPITALS,
     AlreadyExists,
     Capabilities,
     DataWriter,
@@ -99,10 +98,7 @@ class ObjectStore:
     def delete(self, path: str) -> None:
         key = self._key(path)
         keys = [each.key for each in self._bucket.list(f"{key}/", deep=True)]
-        for manifest in [found for found in keys if found == f"{key}/MANIFEST"]:
-            self._bucket.delete([manifest])
-        self._bucket.delete([*keys, key])
-        self._bucket.abort_uploads(f"{key}/")
+        self._remove(f"{key}/", [*keys, key])
 
     def make_directory(self, path: str) -> None:
         check_path(path, root_allowed=True)  # there are none: a file brings its own
@@ -123,10 +119,16 @@ class ObjectStore:
     def clear(self, directory: str, ours: Callable[[str], bool]) -> Names:
         prefix = f"{self._key(directory)}/"
         names = [each.key.removeprefix(prefix) for each in self._bucket.list(prefix, deep=True)]
-        for group in (FILES_IN_CAPITALS, None):
-            self._bucket.delete([prefix + n for n in names if ours(n) and (group is None or n in group)])
-        self._bucket.abort_uploads(prefix)
+        self._remove(prefix, [prefix + name for name in names if ours(name)])
         return sorted(name for name in names if not ours(name))
+
+    def _remove(self, prefix: str, keys: Sequence[str]) -> None:
+        """Delete `keys`, the MANIFEST below `prefix` first, and what was begun to be sent there."""
+        manifest = f"{prefix}MANIFEST"
+        if manifest in keys:
+            self._bucket.delete([manifest])
+        self._bucket.delete([key for key in keys if key != manifest])
+        self._bucket.abort_uploads(prefix)
 
     def local_path(self, path: str) -> str | None:
         check_path(path, root_allowed=True)

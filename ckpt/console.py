@@ -1,4 +1,4 @@
-"""What all commands have in common: their options, and how things are printed."""
+"""What all commands have in common: their options, how they open a run, print, and end. No torch here."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from ckpt.errors import Corrupt, NotFound
+from ckpt.errors import CkptError, Corrupt, NotFound
 from ckpt.holder import find_commit
 from ckpt.log import View
 from ckpt.records import Commit
@@ -136,3 +136,20 @@ def say(what: str | Table) -> None:
         plain.print(what, highlight=False)
         what = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
     click.echo(what)
+
+
+def run_command(command: click.Command, name: str) -> NoReturn:
+    """Be the program `name`: run the command, say what went wrong on stderr, exit with the code of its error."""
+    try:
+        code = command.main(prog_name=name, standalone_mode=False)
+    except CkptError as error:
+        text = "\n".join(map(plain, str(error).split("\n")))
+        click.echo(f"{type(error).__name__}: {text}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

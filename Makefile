@@ -38,12 +38,13 @@ test: install servers
 prove: install servers
 	HOLDFAST_CRASH_IMAGES=$(STATES) HOLDFAST_STORE_SEEDS=$(STORE_SEEDS) $(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
 
-bench: $(PEERS)
+bench: $(PEERS) servers
 	$(BIN)/python benchmarks/save_load.py
 	$(BIN)/python benchmarks/async_save.py
 	$(BIN)/python benchmarks/async_save.py --layout ddp --rounds 1
 	$(BIN)/python benchmarks/async_save.py --model 41m --rounds 1
 	$(BIN)/python benchmarks/plan_scale.py
+	$(BIN)/python benchmarks/object_store.py
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[bench]'

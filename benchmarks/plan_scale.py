@@ -183,7 +183,7 @@ def _part(world: World, rank: int) -> Part:
         made_up = bytes(DIGEST_BYTES * blocks)
         box = c.owned.box
         chunks.append(Chunk(c.owned.key, box.offset, box.shape, c.spec.dtype, "", c.at, c.nbytes, "raw", made_up))
-    return Part(rank, ATTEMPT, plan.data_bytes, tuple(chunks), {}, {})
+    return Part(rank, ATTEMPT, plan.file.data_bytes, tuple(chunks), {}, {})
 
 
 def _targets(world: World, rank: int) -> list[Target]:

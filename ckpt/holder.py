@@ -218,6 +218,7 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
             world=manifest.world.size,
             unix_s=unix_s,
             nbytes=sum(ref.data_bytes + ref.part_bytes for ref in manifest.parts) + len(data),
+            sources=manifest.sources,
         )
     )
 

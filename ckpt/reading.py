@@ -61,19 +61,20 @@ def machine() -> bytes:
 
 
 def read_data(
-    open_part: Callable[[int], DataFile],
+    open_file: Callable[[int, str], DataFile],
     plan: LoadPlan,
     tensors: Sequence[torch.Tensor],
     neighbours: Neighbours = ALONE,
     threads: int = READ_THREADS,
 ) -> None:
-    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i, `open_part(i)` the data of part i.
+    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i.
 
+    `open_file(i, file)` opens what chunks of part i call `file`.
     `Corrupt`, naming file and tensor, when a block does not match its digest or the file ends early: some targets
     are overwritten then.
     """
     with ExitStack() as stack:
-        files = _Files(open_part)
+        files = _Files(open_file)
         stack.callback(files.close)
         turns = _announced(files, _in_turn(plan.fetches, neighbours), neighbours)
         each(turns, lambda turn, buffer: _read_fetch(files, turn, buffer, tensors), threads, _BUFFER_BYTES)
@@ -109,17 +110,18 @@ class _Open:
 
 
 class _Files:
-    """The data files of the parts; those used last stay open."""
+    """The data files that fetches name; those used last stay open."""
 
-    def __init__(self, open_part: Callable[[int], DataFile]) -> None:
-        self._open_part, self._open = open_part, dict[int, _Open]()  # in the order of their last use
+    def __init__(self, open_file: Callable[[int, str], DataFile]) -> None:
+        self._open_file, self._open = open_file, dict[tuple[int, str], _Open]()  # in the order of their last use
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, part: int) -> Iterator[DataFile]:
+    def use(self, fetch: Fetch) -> Iterator[DataFile]:
+        name = fetch.part, fetch.file
         with self._lock:
-            found = self._open.pop(part, None) or _Open(self._open_part(part))
-            self._open[part] = found
+            found = self._open.pop(name, None) or _Open(self._open_file(*name))
+            self._open[name] = found
             found.users += 1
             idle = [other for other, held in self._open.items() if not held.users]
             for other in idle[: max(0, len(self._open) - OPEN_FILES)]:
@@ -174,7 +176,7 @@ def _announced(files: _Files, fetches: Iterable[Fetch], neighbours: Neighbours) 
 
 
 def _way(files: _Files, fetch: Fetch, neighbours: Neighbours) -> _Way:
-    with files.use(fetch.part) as file:
+    with files.use(fetch) as file:
         cached = file.cached(fetch.at, fetch.nbytes)
         if cached is False and not _is_shared(fetch, neighbours.wanted):
             return _Way.COLD
@@ -201,7 +203,7 @@ def _meets(segment: Segment, box: Slice) -> bool:
 
 def _read_fetch(files: _Files, turn: _Turn, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     fetch, first = turn.fetch, turn.fetch.segments[0]
-    with files.use(fetch.part) as file:
+    with files.use(fetch) as file:
         if first.in_place is None:
             _through_buffer(file, turn, buffer, tensors)
             return

@@ -44,7 +44,7 @@ WHERE = "steps/x/MANIFEST"
 
 
 def manifest_of(world: World) -> Manifest:
-    refs = tuple(PartRef(100 + rank, digest(b"%d" % rank), 4096 * rank) for rank in range(world.size))
+    refs = tuple(PartRef(100 + rank, digest(b"%d" % rank), 4096 * rank, digest(b"content")) for rank in range(world.size))
     return Manifest(12, 3, ATTEMPT, "000000011.abc", world, OWNERSHIP, refs, bytes(16), {"loss": float("inf")})
 
 

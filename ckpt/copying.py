@@ -50,7 +50,8 @@ def copy_steps(
     """Copy `commits` of `source`, oldest first, into the run of `holder`; the commits that they became.
 
     Those that are there already are left alone. Raises Corrupt, before its commit, for a step that is damaged;
-    Incompatible where the run has passed a step that it lacks. What was committed before stays. `on_bytes` hears of stored bytes.
+    Incompatible where the run has passed a step that it lacks. What was committed before stays.
+    `on_bytes` hears of the progress, in bytes as the source stores them.
     """
     made = []
     for commit in commits:

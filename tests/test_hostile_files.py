@@ -96,7 +96,12 @@ PARTS: dict[str, tuple[Change, str]] = {
     "too few digests": (chunks(lambda c: [changed(c[0], digests=b""), c[1]]), "digests"),
     "a file elsewhere": (chunks(lambda c: [changed(c[0], file="../../../etc/passwd"), c[1]]), "etc/passwd"),
     "an absolute file": (chunks(lambda c: [changed(c[0], file="/etc/passwd"), c[1]]), "etc/passwd"),
+    "a file of an attempt that the manifest does not name": (
+        chunks(lambda c: [changed(c[0], file="000000001.aaaa/r00000.safetensors"), c[1]]),
+        "does not name",
+    ),
     "the part of another attempt": (lambda p: changed(p, attempt="000000001.aaaa"), "another attempt"),
+    "another size of the data file": (lambda p: changed(p, data_bytes=p.data_bytes + 4096), "the MANIFEST says"),
     "the part of another rank": (lambda p: changed(p, rank=3), "another attempt or rank|rank 3"),
     "a missing value": (lambda p: changed(p, values={}), "lacks the value '?n"),
 }

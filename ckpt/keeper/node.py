@@ -396,10 +396,8 @@ class Node:
                     order = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "order")), type=Order)
                     sealed = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "sealed")), type=Sealed)
                     part = decode_part(_read(self._ram.beside(attempt, rank, "part")), f"part {rank} of {attempt}")
-                    if (order.job.attempt, order.rank) != (
-                        attempt,
-                        rank,
-                    ) or sealed.content_digest != part.content_digest():
+                    ordered, content = (order.job.attempt, order.rank), part.content_digest()
+                    if ordered != (attempt, rank) or sealed.content_digest != content:
                         raise Corrupt(f"the part of {attempt} in RAM is not the one that was sealed")
                     self._adopt(order, part, sealed, link_to(order))
                 except (CkptError, OSError, ValueError, msgspec.MsgspecError) as error:

@@ -50,9 +50,10 @@ def read_frame(path: Path, magic: bytes, nbytes: int, expected_digest: str) -> d
     return msgspec.msgpack.decode(data[16:-16])
 
 
-def read_chunk(file: Path, chunk: list) -> torch.Tensor:
-    _, _, shape, dtype, _, at, nbytes, codec, digests = chunk
+def read_chunk(step: Path, rank: int, chunk: list) -> torch.Tensor:
+    _, _, shape, dtype, elsewhere, at, nbytes, codec, digests = chunk
     assert codec == "raw"
+    file = step.parent / elsewhere if elsewhere else step / f"r{rank:05d}.safetensors"
     with file.open("rb") as opened:
         opened.seek(at)
         data = opened.read(nbytes)
@@ -70,13 +71,13 @@ def read_step(run: Path, commit: dict) -> dict[str, torch.Tensor]:
     for layout in manifest["world"]["layouts"]:
         for key, dtype, shape, _, _ in layout["tensors"]:
             tensors.setdefault(key, torch.zeros(shape, dtype=getattr(torch, dtype)))
-    for rank, (nbytes, part_digest, data_bytes) in enumerate(manifest["parts"]):
+    for rank, (nbytes, part_digest, data_bytes, _) in enumerate(manifest["parts"]):
         assert (step / f"r{rank:05d}.safetensors").stat().st_size == data_bytes, f"a data file of {step} is cut"
         part = read_frame(step / f"r{rank:05d}.part", b"HFpart_\x01", nbytes, part_digest.hex())
         for chunk in part["chunks"]:
             key, offset, shape = chunk[:3]
             box = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-            tensors[key][box] = read_chunk(step / f"r{rank:05d}.safetensors", chunk)
+            tensors[key][box] = read_chunk(step, rank, chunk)
     for layout in manifest["world"]["layouts"]:
         tensors.update({alias: tensors[key] for alias, key in layout["aliases"]})
     return tensors

@@ -479,9 +479,7 @@ def test_a_part_fits_its_manifest() -> None:
     check_part(part, manifest, 1, WHERE)
 
 
-@pytest.mark.parametrize(
-    "change", [{"rank": 0}, {"attempt": "000000012.other"}], ids=lambda change: next(iter(change))
-)
+@pytest.mark.parametrize("change", [{"rank": 0}, {"attempt": "000000012.other"}], ids=lambda change: next(iter(change)))
 def test_the_part_of_another_attempt_is_corrupt(change: dict[str, Any]) -> None:
     part, manifest = _pair()
     with pytest.raises(Corrupt, match=f"{WHERE}: it is the part of another"):

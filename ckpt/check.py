@@ -274,7 +274,8 @@ class _Check:
             yield None, problem if size is not None else f"{problem}; it held {_names({c.key for c in chunks})}"
         if size is not None:
             with closing(open_data(store, path)) as file:
-                yield from header_faults(file, part)
+                if not any(chunk.packed for chunk in chunks):
+                    yield from header_faults(file, part)
                 yield from self._chunk_faults(file, self._counted(chunks), size)
 
     def _source_faults(self, path: str, chunks: list[Chunk]) -> Iterator[tuple[str | None, str]]:
@@ -291,7 +292,7 @@ class _Check:
         for _, group in groupby(damaged, lambda found: id(found[0].chunk)):
             found = list(group)
             chunk, reason = found[0][0].chunk, found[0][1]
-            if chunk.at + chunk.stored_bytes > size:
+            if _stop(chunk) > size:
                 yield chunk.key, f"its chunk at {list(chunk.offset)} reaches to file byte {_stop(chunk)}, past the end"
                 continue
             bad = [s.start for segment, _ in found for s, _ in verify_chunks(file, _blocks_of(segment))]
@@ -302,7 +303,7 @@ class _Check:
             yield (
                 chunk.key,
                 f"chunk at {list(chunk.offset)}, shape {list(chunk.shape)}: {len(bad)} of {blocks} blocks do not "
-                f"match their digest; the first starts at file byte {chunk.at + bad[0]}",
+                f"match their digest; the first starts at file byte {chunk.span(bad[0], bad[0])[0]}",
             )
 
     def _counted(self, chunks: list[Chunk]) -> Iterator[Segment]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 import torch
@@ -23,6 +23,7 @@ from ckpt.holder import Holder, append_commit
 from ckpt.manifest import (
     BLOCK_BYTES,
     PART_LIMIT_BYTES,
+    RAW,
     Chunk,
     Digest,
     Part,
@@ -35,13 +36,14 @@ from ckpt.manifest import (
     part_name,
 )
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Extent, Run, Segment, lay_out
-from ckpt.reading import verify
+from ckpt.reading import read_segment, verify
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 
 OnBytes = Callable[[int], None]
-_BUFFER_BYTES: Final = RUN_BYTES + ALIGN_BYTES
+_BUFFER_BYTES: Final = RUN_BYTES + 2 * ALIGN_BYTES
+_Piece: TypeAlias = tuple[int, int, int, int]  # chunk index, its first and last byte, first byte in the run
 
 
 def copy_steps(
@@ -88,15 +90,16 @@ def _copy_step(source: RunDirectory, commit: Commit, holder: Holder, on_bytes: O
 
 
 def _copy_part(reader: StepReader, rank: int, target: RunDirectory, on_bytes: OnBytes) -> Part:
-    """The part as it stands in the target afterwards, its data file beside it: whole, whatever it refers to here."""
+    """The part as it stands in the target afterwards, its data file beside it: whole and unpacked."""
     part, attempt = reader.part(rank), reader.commit.attempt
     path = target.attempt_path(attempt, part_name(rank))
     if (there := _standing(target, path, part)) is not None:
         on_bytes(part.data_bytes)
         return there
-    with closing(reader.open_data(rank)) as file:
-        for key, problem in header_faults(file, part):
-            raise Corrupt(f"{file.name}: {f'tensor {key}: ' if key else ''}{problem}. Nothing was committed")
+    if part.data_name == data_name(rank):
+        with closing(reader.open_data(rank)) as file:
+            for key, problem in header_faults(file, part):
+                raise Corrupt(f"{file.name}: {f'tensor {key}: ' if key else ''}{problem}. Nothing was committed")
     with ExitStack() as stack:
         files = {name: stack.enter_context(closing(reader.open_data(rank, name))) for name in _files(part)}
         copied = _copy_data(files, part, target, reader.threads, on_bytes)
@@ -115,7 +118,8 @@ def _standing(target: RunDirectory, path: str, part: Part) -> Part | None:
     except CkptError:
         return None
     alike = found.content_digest() == part.content_digest() and found.attempt == part.attempt
-    return found if alike and _files(found) <= {""} else None
+    plain = all(not chunk.packed and not chunk.file for chunk in found.chunks)
+    return found if alike and plain else None
 
 
 def _copy_data(
@@ -127,41 +131,49 @@ def _copy_data(
     writer = target.store.write_data(target.attempt_path(part.attempt, data_name(part.rank)), layout.data_bytes)
 
     def act(run: Run, buffer: torch.Tensor) -> None:
-        view = bytes_view(buffer)[: run.nbytes]
+        memory = bytes_view(buffer)
+        view, scratch = memory[: run.nbytes], memory[_BUFFER_BYTES:]
         if not run.pieces:
             view[:] = layout.header[run.at : run.at + run.nbytes]
         for group in _side_by_side(run, part):
-            _read_group(files, group, part, view)
+            _read_group(files, group, part, view, scratch)
         end = 0
         for index, start, stop, at in run.pieces:
             view[end:at] = bytes(at - end)
             end = at + stop - start
-            chunk, memory = part.chunks[index], view[at:end]
-            verify(files[chunk.file].name, Segment(chunk, start, stop, ()), memory, start)
-            digests[index][start] = _digested(chunk, memory, start, target.digest)
+            digests[index][start] = _digested(part.chunks[index], view[at:end], start, target.digest)
         if run.pieces:
             view[end:] = bytes(run.nbytes - end)
         writer.write(run.at, view)
         on_bytes(run.nbytes * part.data_bytes // layout.data_bytes)
 
     try:
-        each((*layout.header_runs, *layout.runs), act, threads, _BUFFER_BYTES)
+        each((*layout.header_runs, *layout.runs), act, threads, 2 * _BUFFER_BYTES)
     except BaseException:
         writer.abandon()
         raise
     writer.finish()
     chunks = tuple(
-        msgspec.structs.replace(chunk, file="", at=at, digests=b"".join(found[start] for start in sorted(found)))
+        msgspec.structs.replace(
+            chunk,
+            file="",
+            at=at,
+            stored_bytes=chunk.raw_bytes,
+            codec=RAW,
+            frames=b"",
+            digests=b"".join(found[start] for start in sorted(found)),
+        )
         for chunk, at, found in zip(part.chunks, layout.starts, digests, strict=True)
     )
     return msgspec.structs.replace(part, chunks=chunks, data_bytes=layout.data_bytes)
 
 
-def _side_by_side(run: Run, part: Part) -> Iterator[list[tuple[int, int, int, int]]]:
+def _side_by_side(run: Run, part: Part) -> Iterator[list[_Piece]]:
     """The pieces of a run, together where they lie as close in one file of the source: read at once."""
-    group: list[tuple[int, int, int, int]] = []
+    group: list[_Piece] = []
     for piece in run.pieces:
-        if group and _shift(group[-1], part) != _shift(piece, part):
+        chunk = part.chunks[piece[0]]
+        if group and (chunk.packed or _shift(group[-1], part) != _shift(piece, part)):
             yield group
             group = []
         group.append(piece)
@@ -169,16 +181,24 @@ def _side_by_side(run: Run, part: Part) -> Iterator[list[tuple[int, int, int, in
         yield group
 
 
-def _shift(piece: tuple[int, int, int, int], part: Part) -> tuple[str, int]:
+def _shift(piece: _Piece, part: Part) -> tuple[str, int]:
     index, start, _, at = piece
     return part.chunks[index].file, part.chunks[index].at + start - at
 
 
 def _read_group(
-    files: Mapping[str, DataFile], group: list[tuple[int, int, int, int]], part: Part, view: memoryview
+    files: Mapping[str, DataFile], group: list[_Piece], part: Part, view: memoryview, scratch: memoryview
 ) -> None:
-    (file, shift), first, (_, start, stop, at) = _shift(group[0], part), group[0][3], group[-1]
-    files[file].read(shift + first, view[first : at + stop - start])
+    file = files[part.chunks[group[0][0]].file]
+    segments = [(Segment(part.chunks[index], start, stop, ()), at) for index, start, stop, at in group]
+    if len(group) == 1:
+        segment, at = segments[0]
+        read_segment(file, segment, view[at : at + segment.stop - segment.start], scratch)
+        return
+    (_, shift), first, (last, end) = _shift(group[0], part), group[0][3], segments[-1]
+    file.read(shift + first, view[first : end + last.stop - last.start])
+    for segment, at in segments:
+        verify(file.name, segment, view[at : at + segment.stop - segment.start], segment.start)
 
 
 def _digested(chunk: Chunk, memory: memoryview, start: int, digest: Digest) -> bytes:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Annotated, TypeAlias, TypeVar
 
@@ -32,6 +33,8 @@ MANIFEST_LIMIT_BYTES = 256 << 20
 PART_LIMIT_BYTES = 1 << 30
 BLOCK_BYTES = 256 * 1024
 """Raw bytes under one digest; counted from the first byte of a chunk."""
+RAW, PACKED = CODECS = ("raw", "zstd")
+"""How the bytes of a chunk are stored: as they are, or as `ckpt.packing` packs them."""
 SOURCES_LIMIT = 16
 """Earlier attempts whose data files the chunks of one may lie in."""
 DIGEST_BYTES = 16
@@ -41,7 +44,7 @@ MAX_WORLD = 1 << 22
 MAX_SPLIT_FACTOR = 1 << 16
 _MAX_BYTES = 1 << 62
 _ATTEMPT = re.compile(r"[0-9]{9,19}\.[a-z0-9_-][a-z0-9._-]{0,200}")
-_DATA_NAME = re.compile(r"r[0-9]{5,7}\.safetensors")
+_DATA_NAME = re.compile(r"r[0-9]{5,7}\.(safetensors|packed)")
 
 T = TypeVar("T")
 Digest: TypeAlias = Callable[[bytes | memoryview], bytes]
@@ -62,16 +65,24 @@ def matches(data: bytes | memoryview, expected: bytes) -> bool:
     return (strong_digest if len(expected) == STRONG_DIGEST_BYTES else digest)(data) == expected
 
 
+def most_packed(nbytes: int, itemsize: int) -> int:
+    """The most bytes that a packed block of `nbytes` can have (`ckpt.packing`)."""
+    return nbytes + 4 * itemsize
+
+
 def part_name(rank: int) -> str:
     return f"r{rank:05d}.part"
 
 
-def data_name(rank: int) -> str:
-    return f"r{rank:05d}.safetensors"
+def data_name(rank: int, packed: bool = False) -> str:
+    return f"r{rank:05d}.{'packed' if packed else 'safetensors'}"
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A stored Slice. Row-major raw bytes; `digests` holds one digest for each BLOCK_BYTES of them."""
+    """A stored Slice. Row-major raw bytes; `digests` holds one digest for each BLOCK_BYTES of them.
+
+    Where they are packed (`ckpt.packing`), each block by itself, `frames` has the stored size of each, 4 bytes.
+    """
 
     key: str
     offset: tuple[int, ...]
@@ -80,8 +91,9 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     file: str  # "" is the data file of this part's writer; else <attempt>/<data file> of an earlier one
     at: int  # first byte in the file
     stored_bytes: int
-    codec: str  # "raw"; a later release may add others
+    codec: str  # one of CODECS
     digests: bytes
+    frames: bytes = b""
 
     @property
     def box(self) -> Slice:
@@ -95,6 +107,18 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     @property
     def raw_bytes(self) -> int:
         return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def packed(self) -> bool:
+        return self.codec != RAW
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Where in the file its raw bytes [start, stop) begin and end; packed, on block borders or at the end."""
+        if not self.packed:
+            return self.at + start, self.at + stop
+        ends = _ends(self.frames)
+        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        return self.at + ends[first], self.at + ends[last]
 
     @property
     def digest_bytes(self) -> int:
@@ -111,6 +135,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunks: tuple[Chunk, ...]
     values: dict[str, bytes]
     rank_values: dict[str, bytes]
+
+    @property
+    def data_name(self) -> str:
+        """Name of its own data file: its chunks there are all packed, or none is."""
+        return data_name(self.rank, any(chunk.packed and not chunk.file for chunk in self.chunks))
 
     def content_digest(self) -> bytes:
         """Digest of what is stored, whatever the file layout and codec."""
@@ -329,12 +358,14 @@ def _require_bytes(where: str, what: str, nbytes: int, limit: int) -> None:
 
 def _check_chunks(part: Part, where: str) -> None:
     for chunk in part.chunks:
-        if chunk.codec != "raw":
+        if chunk.codec not in CODECS:
             raise Incompatible(
-                f"{where}: chunk of {chunk.key} is stored with codec {chunk.codec[:80]!r}; this release reads only raw."
-                " Use a newer holdfast."
+                f"{where}: chunk of {chunk.key} is stored with codec {chunk.codec[:80]!r}; this release reads "
+                f"{' and '.join(CODECS)}. Use a newer holdfast."
             )
         _check_chunk(chunk, part.data_bytes)
+    if len({chunk.codec for chunk in part.chunks if not chunk.file}) > 1:
+        raise ValueError("some chunks of one data file are packed and others are not")
     if any((left.key, left.offset) >= (right.key, right.offset) for left, right in pairwise(part.chunks)):
         raise ValueError("chunks are not distinct and ascending by key and offset")
     spans = sorted((c.file, c.at, c.at + c.stored_bytes) for c in part.chunks)
@@ -352,13 +383,32 @@ def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
     attempt, _, name = chunk.file.partition("/")
     if chunk.file and not (_ATTEMPT.fullmatch(attempt) and _DATA_NAME.fullmatch(name)):
         raise ValueError(f"chunk of {chunk.key}: {chunk.file[:200]!r} is not <attempt>/<data file>")
-    if chunk.stored_bytes != spec.nbytes:
+    blocks = -(-spec.nbytes // BLOCK_BYTES)
+    if chunk.packed:
+        _check_frames(chunk, spec.nbytes, blocks)
+    elif chunk.stored_bytes != spec.nbytes or chunk.frames:
         raise ValueError(f"chunk of {chunk.key}: {chunk.stored_bytes} stored bytes, its shape needs {spec.nbytes}")
     if chunk.at < 0 or chunk.at + chunk.stored_bytes > (_MAX_BYTES if chunk.file else data_bytes):
         raise ValueError(f"chunk of {chunk.key}: bytes {chunk.at}+{chunk.stored_bytes} reach outside the data file")
-    blocks = -(-spec.nbytes // BLOCK_BYTES)
     if len(chunk.digests) not in (blocks * DIGEST_BYTES, blocks * STRONG_DIGEST_BYTES):
         raise ValueError(f"chunk of {chunk.key}: {len(chunk.digests)} bytes of digests for {spec.nbytes} bytes")
+
+
+def _check_frames(chunk: Chunk, nbytes: int, blocks: int) -> None:
+    if len(chunk.frames) != 4 * blocks:
+        raise ValueError(f"chunk of {chunk.key}: {len(chunk.frames)} bytes of frames for {blocks} blocks")
+    sizes, itemsize = array("I", chunk.frames), ITEMSIZE[chunk.dtype]
+    raw = [min(BLOCK_BYTES, nbytes - block * BLOCK_BYTES) for block in range(blocks)]
+    if any(size > most_packed(whole, itemsize) for size, whole in zip(sizes, raw, strict=True)):
+        raise ValueError(f"chunk of {chunk.key}: a packed block is larger than it can be")
+    if sum(sizes) != chunk.stored_bytes:
+        raise ValueError(f"chunk of {chunk.key}: its packed blocks have {sum(sizes)} bytes, not {chunk.stored_bytes}")
+
+
+@lru_cache(maxsize=4096)
+def _ends(frames: bytes) -> list[int]:
+    """Where each packed block begins, and where the last one ends."""
+    return [0, *accumulate(array("I", frames))]
 
 
 # The world

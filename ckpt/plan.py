@@ -243,6 +243,11 @@ class Segment:
     copies: tuple[Copy, ...]
     in_place: int | None = None
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its bytes, packed or not, begin and end in the file."""
+        return self.chunk.span(self.start, self.stop)
+
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
@@ -339,6 +344,8 @@ def _in_place(chunk: Chunk, copy: Copy, target: Target) -> tuple[int, int, int] 
     inner = copy.box.relative_to(chunk.offset)
     if not target.direct or target.compare or not is_flat(chunk.shape, inner) or not is_flat(target.shape, local):
         return None
+    if chunk.packed:
+        return None
     itemsize, nbytes = ITEMSIZE[chunk.dtype], chunk.raw_bytes
     start, stop = (edge * itemsize for edge in flat_span(chunk.shape, inner))
     first = _round_up(start, BLOCK_BYTES)
@@ -404,11 +411,11 @@ def _coalesce(part: int, file: str, segments: Iterable[Segment]) -> Iterable[Fet
 
 
 def _file_start(segment: Segment) -> int:
-    return segment.chunk.at + segment.start
+    return segment.span[0]
 
 
 def _file_stop(segment: Segment) -> int:
-    return segment.chunk.at + segment.stop
+    return segment.span[1]
 
 
 def _fetch(part: int, file: str, segments: Sequence[Segment]) -> Fetch:

@@ -29,7 +29,6 @@ from ckpt.manifest import (
     Manifest,
     Part,
     check_part,
-    data_name,
     decode_manifest,
     decode_part,
     matches,
@@ -172,7 +171,7 @@ class StepReader:
     def data_path(self, rank: int, file: str = "") -> str:
         """Where in the store the file lies that chunks of the part of `rank` call `file`; "" is its own."""
         attempt, _, name = file.partition("/")
-        return self.run.attempt_path(attempt or self.commit.attempt, name or data_name(rank))
+        return self.run.attempt_path(attempt or self.commit.attempt, name or self.part(rank).data_name)
 
     def open_data(self, rank: int, file: str = "") -> DataFile:
         """The `file` of writer `rank`: in this node's RAM if its part is there."""

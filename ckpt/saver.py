@@ -71,6 +71,7 @@ class Options:
     timeout_s: float = 600
     reporters: Sequence[Reporter] = ()
     keep: Keep | None = None
+    compression: str = ""
 
 
 class _Began(msgspec.Struct, frozen=True, array_like=True):
@@ -274,6 +275,7 @@ class Saver:
             coordinator=nodes.coordinator,
             token=nodes.token,
             summary=Summary(OWNERSHIP, request.metrics, self._options.keep) if self._ranks.rank == 0 else None,
+            compression=self._options.compression,
         )
 
     def _handle_of(self, save: _Save) -> SaveHandle:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -37,20 +37,24 @@ from ckpt.keeper.orders import (
     ToCoordinator,
     ToWorker,
 )
-from ckpt.keeper.persist import Copying, Digests, Maps, Memory, Regrouped, part_of, take_in
+from ckpt.keeper.packer import Packer, most_bytes
+from ckpt.keeper.persist import Copying, Digests, Maps, Memory, Regrouped, part_of, sample, take_in
 from ckpt.keeper.ram import RamTier
 from ckpt.keeper.stock import Stock, without
 from ckpt.layout import owned_by
-from ckpt.manifest import Chunk, Part, PartRef, data_name, decode_part, digest, encode_part, part_name
+from ckpt.manifest import PACKED, Chunk, Part, PartRef, data_name, decode_part, digest, encode_part, part_name
+from ckpt.packing import measure, pays
 from ckpt.run import RunDirectory
 from ckpt.store import REQUESTS, DataWriter
 
 log = logging.getLogger("ckpt.keeper")
 
 T = TypeVar("T")
+_Written: TypeAlias = tuple[tuple[Chunk, ...], int]  # the chunks of a data file, and its bytes
 
 THREADS_LIMIT = 64
 IO_THREADS = 4  # for all ranks of the node together; two writers reach the limit of one disk
+PACKING_SAMPLE_BYTES = 1 << 20
 OUTCOMES_LIMIT = 64  # outcomes kept for workers that ask again
 
 
@@ -112,6 +116,7 @@ class Node:
         self._checked: set[bytes] = set()
         self._maps = Maps()
         self._stock = Stock()
+        self._stores_per_s = 0.0  # bytes, by the last save that was not packed; 0: not known
         self._resolving: set[asyncio.Task[None]] = set()
         self._pool = ThreadPoolExecutor(THREADS_LIMIT, thread_name_prefix="keeper")
 
@@ -313,23 +318,51 @@ class Node:
 
     async def _write(self, snapshot: Snapshot, there: dict[int, Chunk]) -> tuple[tuple[Chunk, ...], int]:
         """Write the data file without the chunks that are `there`; all chunks as they lie then, and its bytes."""
-        order, memory = snapshot.order, snapshot.memory
+        packs = await self._thread(self._packs, snapshot)
+        path = self._run.attempt_path(snapshot.attempt, data_name(snapshot.rank, packs))
         began = time.monotonic()
-        path = self._run.attempt_path(snapshot.attempt, data_name(snapshot.rank))
-        if not there:
-            into = await self._thread(self._run.store.write_data, path, order.data_bytes)
-            chunks = (await self._take_in(snapshot, into)).chunks(order)
-        else:
-            order, file = without(snapshot.order, there)
-            places = [slot.at for index, slot in enumerate(snapshot.order.slots) if index not in there]
-            snapshot.copying = Copying(len(order.runs))
-            snapshot.copying.advance(len(order.runs))
-            into = await self._thread(self._run.store.write_data, path, order.data_bytes)
-            regrouped = Regrouped(memory, file, places)
-            new = iter((await self._digested(snapshot, order, regrouped, into)).chunks(order))
+        write = self._write_packed if packs else self._write_changed if there else self._write_whole
+        chunks, data_bytes = await write(snapshot, path, there)
+        seconds = time.monotonic() - began
+        snapshot.writing_s, snapshot.written_bytes = seconds, data_bytes
+        if not packs and data_bytes > PACKING_SAMPLE_BYTES:
+            self._stores_per_s = data_bytes * snapshot.order.local_world / max(seconds, 1e-9)
+        if there:
+            new = iter(chunks)
             chunks = tuple(there.get(index) or next(new) for index in range(len(snapshot.order.slots)))
-        snapshot.writing_s, snapshot.written_bytes = time.monotonic() - began, order.data_bytes
-        return chunks, order.data_bytes
+        return chunks, data_bytes
+
+    async def _write_whole(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
+        order = snapshot.order
+        into = await self._thread(self._run.store.write_data, path, order.data_bytes)
+        digests = await self._take_in(snapshot, order, snapshot.memory, into)
+        return digests.chunks(order), order.data_bytes
+
+    async def _write_changed(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
+        order, file = without(snapshot.order, there)
+        places = [slot.at for index, slot in enumerate(snapshot.order.slots) if index not in there]
+        snapshot.copying = Copying(len(order.runs))
+        snapshot.copying.advance(len(order.runs))
+        into = await self._thread(self._run.store.write_data, path, order.data_bytes)
+        digests = await self._take_in(snapshot, order, Regrouped(snapshot.memory, file, places), into)
+        return digests.chunks(order), order.data_bytes
+
+    async def _write_packed(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
+        order, copying = snapshot.order, snapshot.copying
+        into = await self._thread(self._run.store.write_data, path, most_bytes(order))
+        packer = Packer(order, into, there, lambda: copying.gave_up, snapshot.deadline)
+        digests = await self._take_in(snapshot, order, snapshot.memory, packer)
+        return packer.chunks(digests.chunks(order)), packer.data_bytes
+
+    def _packs(self, snapshot: Snapshot) -> bool:
+        """Whether the data file is stored packed; for "auto", a sample of what is copied says whether it pays."""
+        order = snapshot.order
+        if order.compression != "auto":
+            return order.compression == PACKED
+        last = (min(order.ring, len(order.runs)) if order.ring else len(order.runs)) - 1
+        snapshot.copying.wait_for(last, snapshot.deadline)
+        rate, ratio = measure(sample(order, snapshot.memory, last, PACKING_SAMPLE_BYTES))
+        return pays(ratio, rate * min(IO_THREADS, os.cpu_count() or 1), self._stores_per_s)
 
     async def _put(self, snapshot: Snapshot, part: Part) -> None:
         """Write the part; from here on this rank's share of the attempt stands in the store, and is not touched."""
@@ -343,10 +376,7 @@ class Node:
         self._stock.add(part)
         snapshot.link.tell(snapshot.stored)
 
-    async def _take_in(self, snapshot: Snapshot, into: DataWriter | None) -> Digests:
-        return await self._digested(snapshot, snapshot.order, snapshot.memory, into)
-
-    async def _digested(
+    async def _take_in(
         self, snapshot: Snapshot, order: Order, memory: Memory | Regrouped, into: DataWriter | None
     ) -> Digests:
         loop = asyncio.get_running_loop()
@@ -369,7 +399,7 @@ class Node:
 
     async def _seal_copy(self, snapshot: Snapshot) -> None:
         """Digest what is copied, and seal it."""
-        chunks = (await self._take_in(snapshot, None)).chunks(snapshot.order)
+        chunks = (await self._take_in(snapshot, snapshot.order, snapshot.memory, None)).chunks(snapshot.order)
         await snapshot.copied.wait()
         if not snapshot.ended:
             self._seal(snapshot, part_of(snapshot.order, chunks, snapshot.order.data_bytes))

@@ -107,6 +107,7 @@ class Order(_Message, frozen=True):
     coordinator: tuple[str, int] | None  # None: this node's keeper
     token: bytes
     summary: Summary | None  # of rank 0
+    compression: str = ""  # "", "zstd", or "auto": where that makes it faster
 
 
 class Progress(_Message, frozen=True):

@@ -18,6 +18,7 @@ from ckpt.errors import SaveFailed
 from ckpt.keeper.orders import Order
 from ckpt.manifest import BLOCK_BYTES, Chunk, Digest, Part
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, FileLayout
+from ckpt.sharding import ITEMSIZE
 from ckpt.store import DataWriter
 
 Piece = tuple[int, int, int, int]  # slot, first and last byte of its chunk, first byte in the run
@@ -135,6 +136,10 @@ class Copying:
             self._gone = why
             self._changed.notify_all()
 
+    @property
+    def gave_up(self) -> bool:
+        return bool(self._gone)
+
     def wait_for(self, index: int, deadline: float) -> None:
         """Return once run `index` is copied."""
         with self._changed:
@@ -161,6 +166,17 @@ def pieces_of(order: Order) -> tuple[tuple[Piece, ...], ...]:
                 inside.append((index, start, stop, slot.at + start - at))
         found.append(tuple(inside))
     return tuple(found)
+
+
+def sample(order: Order, memory: Memory, last: int, nbytes: int) -> Iterator[tuple[memoryview, int]]:
+    """Blocks of the last runs up to run `last`, about `nbytes` in all, and the item size of each."""
+    pieces, taken = pieces_of(order), 0
+    for index in range(last, -1, -1):
+        for slot, start, stop, at in pieces[index]:
+            if taken < nbytes:
+                size = min(BLOCK_BYTES, stop - start)
+                yield memory.run(index)[at : at + size], ITEMSIZE[order.slots[slot].dtype]
+                taken += size
 
 
 class Digests:

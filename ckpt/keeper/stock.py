@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from ckpt.keeper.orders import Order, Persist
-from ckpt.manifest import Chunk, Part, data_name
+from ckpt.manifest import Chunk, Part
 from ckpt.plan import Extent, FileLayout, lay_out
 
 ATTEMPTS_LIMIT = 4  # remembered; the one that is referred to is the newest committed
@@ -36,7 +36,7 @@ class Stock:
         if before is not None and before.attempt != part.attempt:
             self._unchanged[part.rank] = _share_in_common(before, part)
         self._parts.setdefault(part.attempt, {})[part.rank] = part
-        self._file_bytes[f"{part.attempt}/{data_name(part.rank)}"] = part.data_bytes
+        self._file_bytes[f"{part.attempt}/{part.data_name}"] = part.data_bytes
         while len(self._parts) > ATTEMPTS_LIMIT:
             del self._parts[next(iter(self._parts))]
         known = {chunk.file for parts in self._parts.values() for part in parts.values() for chunk in part.chunks}
@@ -80,7 +80,7 @@ class Stock:
 
 
 def _as_reference(part: Part, chunk: Chunk) -> Chunk:
-    return chunk if chunk.file else msgspec.structs.replace(chunk, file=f"{part.attempt}/{data_name(part.rank)}")
+    return chunk if chunk.file else msgspec.structs.replace(chunk, file=f"{part.attempt}/{part.data_name}")
 
 
 def _share_in_common(one: Part, other: Part) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from keepers import forget
 from msgspec.structs import replace as changed
 from states import bits
 
@@ -39,11 +40,13 @@ def forge(
     with Checkpointer(path) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, state(float(step)), blocking=True)
+    forget()  # a whole copy in RAM would be restored, and rightly
     attempt, slot = max((path / "steps").iterdir()), max((path / "log").iterdir())
-    part_data = encode_part(part(decode_part((attempt / "r00000.part").read_bytes(), "")))
+    forged = part(decode_part((attempt / "r00000.part").read_bytes(), ""))
+    part_data, content = encode_part(forged), forged.content_digest()
     (attempt / "r00000.part").write_bytes(part_data)
     found: Manifest = decode_manifest((attempt / "MANIFEST").read_bytes(), "")
-    ref = changed(found.parts[0], part_bytes=len(part_data), part_digest=digest(part_data))
+    ref = changed(found.parts[0], part_bytes=len(part_data), part_digest=digest(part_data), content_digest=content)
     manifest_data = encode_manifest(manifest(changed(found, parts=(ref,))))
     (attempt / "MANIFEST").write_bytes(manifest_data)
     commit = decode_record(slot.read_bytes())

@@ -353,7 +353,12 @@ BAD_PARTS: dict[str, tuple[Path, object]] = {
     "too many digests": ((*CHUNK, 8), bytes(48)),
     "half a digest": ((*CHUNK, 8), bytes(8)),
     "a field too many": (CHUNK, lambda c: [*c, [[[[]]]]]),
-    "a field too few": (CHUNK, lambda c: c[:-1]),
+    "a field too few": (CHUNK, lambda c: c[:-2]),
+    "frames of raw bytes": ((*CHUNK, 9), bytes(4)),
+    "packed without frames": ((*CHUNK, 7), "zstd"),
+    "packed blocks that are larger than can be": (CHUNK, lambda c: [*c[:6], 1000, "zstd", c[8], b"\xe8\x03\0\0"]),
+    "packed blocks of another sum": (CHUNK, lambda c: [*c[:6], 9, "zstd", c[8], b"\x08\0\0\0"]),
+    "packed and raw in one file": (CHUNK, lambda c: [*c[:6], 8, "zstd", c[8], b"\x08\0\0\0"]),
     "shared bytes": ((*CHUNK, 5), 4160 - 23),
     "the same chunk twice": (("chunks",), lambda chunks: [chunks[0], *chunks]),
     "unsorted chunks": (("chunks",), lambda chunks: chunks[::-1]),
@@ -424,8 +429,8 @@ def test_hostile_payloads_are_refused(name: str) -> None:
 
 
 def test_an_unknown_codec_needs_a_newer_release() -> None:
-    data = framed(PART_MAGIC, pack(changed(part_tree(), (*CHUNK, 7), "zstd")))
-    assert "'zstd'; this release reads only raw. Use a newer holdfast" in refuse(data, decode_part, Incompatible)
+    data = framed(PART_MAGIC, pack(changed(part_tree(), (*CHUNK, 7), "lz9")))
+    assert "'lz9'; this release reads raw and zstd. Use a newer holdfast" in refuse(data, decode_part, Incompatible)
 
 
 def test_an_unknown_ownership_rule_can_be_read() -> None:

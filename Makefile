@@ -45,6 +45,7 @@ bench: $(PEERS) servers
 	$(BIN)/python benchmarks/async_save.py --model 41m --rounds 1
 	$(BIN)/python benchmarks/plan_scale.py
 	$(BIN)/python benchmarks/object_store.py
+	$(BIN)/python benchmarks/lora.py
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[bench]'

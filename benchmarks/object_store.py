@@ -79,7 +79,7 @@ def measure(place: str, nbytes: int, rounds: int) -> dict[str, list[tuple[float,
         "read, s3fs": lambda: fs.cat_ranges(
             [key] * len(starts), starts, [s + RUN_BYTES for s in starts], batch_size=REQUESTS, max_gap=None
         ),
-        "read, holdfast": lambda: read_data(lambda _: open_data(store, PATH), plan, tensors, threads=REQUESTS),
+        "read, holdfast": lambda: read_data(lambda *_: open_data(store, PATH), plan, tensors, threads=REQUESTS),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in acts}
     for number in range(rounds + 1):

@@ -171,7 +171,7 @@ def measure_restore(case: Case, rank: int) -> Restored:
 
 def _manifest(world: World) -> Manifest:
     made_up = [rank.to_bytes(DIGEST_BYTES, "big") for rank in range(world.size)]
-    refs = tuple(PartRef(300_000 + i % 1000, found, 1 << 30) for i, found in enumerate(made_up))
+    refs = tuple(PartRef(300_000 + i % 1000, found, 1 << 30, found) for i, found in enumerate(made_up))
     return Manifest(1000, 3, ATTEMPT, None, world, OWNERSHIP, refs, bytes(DIGEST_BYTES), {"val_loss": 2.5})
 
 
@@ -183,7 +183,7 @@ def _part(world: World, rank: int) -> Part:
         made_up = bytes(DIGEST_BYTES * blocks)
         box = c.owned.box
         chunks.append(Chunk(c.owned.key, box.offset, box.shape, c.spec.dtype, "", c.at, c.nbytes, "raw", made_up))
-    return Part(rank, ATTEMPT, plan.data_bytes, tuple(chunks), {}, {})
+    return Part(rank, ATTEMPT, plan.file.data_bytes, tuple(chunks), {}, {})
 
 
 def _targets(world: World, rank: int) -> list[Target]:

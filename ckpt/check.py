@@ -30,7 +30,7 @@ from ckpt.datafile import DataFile, open_data
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound, StorageError
 from ckpt.layout import OWNERSHIP, World, owned_by
 from ckpt.log import View
-from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, data_name, decode_part, matches, part_name
+from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, decode_part, matches, part_name
 from ckpt.plan import RUN_BYTES, SAFETENSORS_DTYPE, Segment, entry_name
 from ckpt.reading import verify_chunks
 from ckpt.records import Commit, Unknown, slot_name
@@ -92,8 +92,7 @@ def is_whole(run: RunDirectory, commit: Commit, *, thorough: bool) -> bool:
     try:
         reader = StepReader(run, commit)
         for rank in range(reader.manifest.world.size):
-            reader.part(rank)
-            reader.check_size(rank)
+            reader.check_files(rank)
     except Corrupt as error:
         log.warning("step %d is damaged: %s", commit.step, error)
         return False
@@ -148,7 +147,7 @@ class _Check:
         except CkptError as error:
             yield self._broken(self._file("MANIFEST"), error)
             return
-        self._manifest, self._world = reader.manifest, reader.manifest.world
+        self._reader, self._manifest, self._world = reader, reader.manifest, reader.manifest.world
         self._values = Values(self._world)
         self._owned_values: dict[int, set[str]] = {}
         for name, owner in self._world.value_owner.items():
@@ -186,7 +185,7 @@ class _Check:
 
     def _rank(self, rank: int) -> Iterator[Finding]:
         """One part, and its data file."""
-        file, data_file = self._file(part_name(rank)), self._file(data_name(rank))
+        file = self._file(part_name(rank))
         done, ref = self._done, self._manifest.parts[rank]
         try:
             part = self._read_part(rank, file)
@@ -196,7 +195,7 @@ class _Check:
         else:
             self._advance(ref.part_bytes)
             yield from (Finding(file, problem, key) for key, problem in self._part_faults(part))
-            yield from (Finding(data_file, problem, key) for key, problem in self._data_faults(rank, part))
+            yield from self._data_faults(rank, part)
         self._advance(done + ref.part_bytes + ref.data_bytes - self._done)
 
     def _read(self, name: str, nbytes: int, expected: bytes, named_by: str) -> bytes:
@@ -214,6 +213,8 @@ class _Check:
         part = decode_part(data, file)
         if (part.rank, part.attempt, part.data_bytes) != (rank, self._commit.attempt, ref.data_bytes):
             raise Corrupt(f"is the part of rank {part.rank} of attempt {part.attempt}")
+        if part.content_digest() != ref.content_digest:
+            raise Corrupt("what it says is stored does not match the content digest in the MANIFEST")
         return part
 
     # Parts
@@ -224,6 +225,8 @@ class _Check:
             if spec is None or spec.dtype != chunk.dtype:
                 listed = f"as {spec.dtype}" if spec else "not at all"
                 yield chunk.key, f"stored as {chunk.dtype}; the MANIFEST lists it {listed}"
+            if chunk.file and chunk.source not in self._manifest.sources:
+                yield chunk.key, f"lies in {chunk.file}, which the MANIFEST does not name as a source"
             self._boxes.setdefault(chunk.key, []).append(chunk.box)
         if self._manifest.ownership == OWNERSHIP:
             owned = {(o.key, o.box) for o in owned_by(self._world, part.rank)}
@@ -254,23 +257,42 @@ class _Check:
 
     # Data files
 
-    def _data_faults(self, rank: int, part: Part) -> Iterator[tuple[str | None, str]]:
-        store, name = self._run.store, self._file(data_name(rank))
-        problem, size = _file_problem(store, name, part.data_bytes)
-        if problem:
-            yield None, problem if size is not None else f"{problem}; it held {_names({c.key for c in part.chunks})}"
-        if size is not None:
-            with closing(open_data(store, name)) as file:
-                yield from header_faults(file, part)
-                yield from self._chunk_faults(file, part, size)
+    def _data_faults(self, rank: int, part: Part) -> Iterator[Finding]:
+        """The part's own file, and then the chunks of it that lie in files of earlier attempts."""
+        files: dict[str, list[Chunk]] = {"": []}
+        for chunk in part.chunks:
+            files.setdefault(chunk.file, []).append(chunk)
+        for file, chunks in files.items():
+            path = self._reader.data_path(rank, file)
+            found = self._own_faults(path, part, chunks) if not file else self._source_faults(path, chunks)
+            yield from (Finding(path, problem, key) for key, problem in found)
 
-    def _chunk_faults(self, file: DataFile, part: Part, size: int) -> Iterator[tuple[str | None, str]]:
-        chunks = sorted(part.chunks, key=lambda chunk: chunk.at)
-        damaged = verify_chunks(file, self._counted(s for chunk in chunks for s in _segments(chunk, RUN_BYTES)))
+    def _own_faults(self, path: str, part: Part, chunks: list[Chunk]) -> Iterator[tuple[str | None, str]]:
+        store = self._run.store
+        problem, size = _file_problem(store, path, part.data_bytes)
+        if problem:
+            yield None, problem if size is not None else f"{problem}; it held {_names({c.key for c in chunks})}"
+        if size is not None:
+            with closing(open_data(store, path)) as file:
+                if not any(chunk.packed for chunk in chunks):
+                    yield from header_faults(file, part)
+                yield from self._chunk_faults(file, self._counted(chunks), size)
+
+    def _source_faults(self, path: str, chunks: list[Chunk]) -> Iterator[tuple[str | None, str]]:
+        store = self._run.store
+        problem, size = _file_problem(store, path, None)
+        if problem:
+            yield None, f"{problem}; this step needs {_names({c.key for c in chunks})} from it"
+        if size is not None:
+            with closing(open_data(store, path)) as file:
+                yield from self._chunk_faults(file, _in_order(chunks), size)
+
+    def _chunk_faults(self, file: DataFile, segments: Iterable[Segment], size: int) -> Iterator[tuple[str | None, str]]:
+        damaged = verify_chunks(file, segments)
         for _, group in groupby(damaged, lambda found: id(found[0].chunk)):
             found = list(group)
             chunk, reason = found[0][0].chunk, found[0][1]
-            if chunk.at + chunk.stored_bytes > size:
+            if _stop(chunk) > size:
                 yield chunk.key, f"its chunk at {list(chunk.offset)} reaches to file byte {_stop(chunk)}, past the end"
                 continue
             bad = [s.start for segment, _ in found for s, _ in verify_chunks(file, _blocks_of(segment))]
@@ -281,11 +303,11 @@ class _Check:
             yield (
                 chunk.key,
                 f"chunk at {list(chunk.offset)}, shape {list(chunk.shape)}: {len(bad)} of {blocks} blocks do not "
-                f"match their digest; the first starts at file byte {chunk.at + bad[0]}",
+                f"match their digest; the first starts at file byte {chunk.span(bad[0], bad[0])[0]}",
             )
 
-    def _counted(self, segments: Iterable[Segment]) -> Iterator[Segment]:
-        for segment in segments:
+    def _counted(self, chunks: list[Chunk]) -> Iterator[Segment]:
+        for segment in _in_order(chunks):
             yield segment
             self._advance(segment.stop - segment.start)
 
@@ -313,6 +335,11 @@ def _undecodable(name: str, decode: Callable[[], object]) -> Iterator[tuple[str 
             yield None, f"value {name} cannot be decoded: {error}"
 
 
+def _in_order(chunks: list[Chunk]) -> Iterator[Segment]:
+    for chunk in sorted(chunks, key=lambda chunk: chunk.at):
+        yield from _segments(chunk, RUN_BYTES)
+
+
 def _stop(chunk: Chunk) -> int:
     return chunk.at + chunk.stored_bytes
 
@@ -327,8 +354,8 @@ def _blocks_of(segment: Segment) -> Iterator[Segment]:
         yield Segment(segment.chunk, start, min(start + BLOCK_BYTES, segment.stop), ())
 
 
-def _file_problem(store: Store, name: str, expected_bytes: int) -> tuple[str | None, int | None]:
-    """What is wrong with a data file as a file, and its size if it can be read at all."""
+def _file_problem(store: Store, name: str, expected_bytes: int | None) -> tuple[str | None, int | None]:
+    """What is wrong with a data file as a file, and its size if it can be read at all. None: of any size."""
     path = store.local_path(name)
     try:
         size = store.size(name)
@@ -338,7 +365,7 @@ def _file_problem(store: Store, name: str, expected_bytes: int) -> tuple[str | N
     if not stat.S_ISREG(mode):
         kind = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
         return f"is {kind}, not a regular file; readers refuse it", None
-    if size != expected_bytes:
+    if expected_bytes is not None and size != expected_bytes:
         how = "cut off" if size < expected_bytes else "too long"
         return f"is {how}: {size} bytes, the MANIFEST says {expected_bytes}", size
     return None, size
@@ -409,7 +436,8 @@ def _entry(value: dict[str, object]) -> _Entry:
 
 
 def _table_faults(table: dict[str, _Entry], base: int, part: Part) -> Iterator[tuple[str | None, str]]:
-    expected = {entry_name(c.key, c.offset): (c.key, _expected_entry(c, base)) for c in part.chunks}
+    own = [chunk for chunk in part.chunks if not chunk.file]
+    expected = {entry_name(c.key, c.offset): (c.key, _expected_entry(c, base)) for c in own}
     for name, (key, entry) in expected.items():
         if (held := table.get(name)) != entry:
             yield key, f"its header entry is {held or 'missing'}; the part says {entry}"

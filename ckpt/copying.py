@@ -7,11 +7,9 @@ written after its data file, so a part that stands there says that both are whol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Final, TypeAlias
 
 import msgspec
 import torch
@@ -25,33 +23,27 @@ from ckpt.holder import Holder, append_commit
 from ckpt.manifest import (
     BLOCK_BYTES,
     PART_LIMIT_BYTES,
+    RAW,
     Chunk,
     Digest,
     Part,
     PartRef,
     content_digest_of,
     data_name,
+    decode_part,
     encode_manifest,
     encode_part,
     part_name,
 )
-from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Segment
-from ckpt.reading import verify
+from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Extent, Run, Segment, lay_out
+from ckpt.reading import read_segment, verify
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 
 OnBytes = Callable[[int], None]
-_BUFFER_BYTES: Final = RUN_BYTES + ALIGN_BYTES
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Whole pages of a data file. `held`: (chunk, its first and last byte, where in the piece) of what lies there."""
-
-    at: int
-    nbytes: int
-    held: tuple[tuple[int, int, int, int], ...] = ()
+_BUFFER_BYTES: Final = RUN_BYTES + 2 * ALIGN_BYTES
+_Piece: TypeAlias = tuple[int, int, int, int]  # chunk index, its first and last byte, first byte in the run
 
 
 def copy_steps(
@@ -61,6 +53,7 @@ def copy_steps(
 
     Those that are there already are left alone. Raises Corrupt, before its commit, for a step that is damaged;
     Incompatible where the run has passed a step that it lacks. What was committed before stays.
+    `on_bytes` hears of the progress, in bytes as the source stores them.
     """
     made = []
     for commit in commits:
@@ -78,18 +71,18 @@ def _copy_step(source: RunDirectory, commit: Commit, holder: Holder, on_bytes: O
         )
     start = holder.ensure_started("cp")
     reader = StepReader(source, commit)
-    refs, contents = [], []
+    refs = []
     for rank in range(reader.manifest.world.size):
         part = _copy_part(reader, rank, target, on_bytes)
         data = encode_part(part)
-        refs.append(PartRef(len(data), target.digest(data), part.data_bytes))
-        contents.append(part.content_digest())
+        refs.append(PartRef(len(data), target.digest(data), part.data_bytes, part.content_digest()))
     manifest = msgspec.structs.replace(
         reader.manifest,
         generation=start.generation,
         parent=head.attempt if head else None,
         parts=tuple(refs),
-        content_digest=content_digest_of(reader.manifest.world, contents),
+        content_digest=content_digest_of(reader.manifest.world, (ref.content_digest for ref in refs)),
+        sources=(),
     )
     data = encode_manifest(manifest)
     target.store.put(target.attempt_path(commit.attempt, "MANIFEST"), data)
@@ -97,53 +90,115 @@ def _copy_step(source: RunDirectory, commit: Commit, holder: Holder, on_bytes: O
 
 
 def _copy_part(reader: StepReader, rank: int, target: RunDirectory, on_bytes: OnBytes) -> Part:
-    """The part as it stands in the target afterwards, its data file beside it."""
+    """The part as it stands in the target afterwards, its data file beside it: whole and unpacked."""
     part, attempt = reader.part(rank), reader.commit.attempt
     path = target.attempt_path(attempt, part_name(rank))
-    if _stands_there(target, path, part):
+    if (there := _standing(target, path, part)) is not None:
         on_bytes(part.data_bytes)
-        return part
-    with closing(reader.open_data(rank)) as file:
-        for key, problem in header_faults(file, part):
-            raise Corrupt(f"{file.name}: {f'tensor {key}: ' if key else ''}{problem}. Nothing was committed")
-        part = _copy_data(file, part, target, reader.threads, on_bytes)
-    target.store.put(path, encode_part(part))
-    return part
+        return there
+    if part.data_name == data_name(rank):
+        with closing(reader.open_data(rank)) as file:
+            for key, problem in header_faults(file, part):
+                raise Corrupt(f"{file.name}: {f'tensor {key}: ' if key else ''}{problem}. Nothing was committed")
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(closing(reader.open_data(rank, name))) for name in _files(part)}
+        copied = _copy_data(files, part, target, reader.threads, on_bytes)
+    target.store.put(path, encode_part(copied))
+    return copied
 
 
-def _stands_there(target: RunDirectory, path: str, part: Part) -> bool:
+def _files(part: Part) -> set[str]:
+    return {chunk.file for chunk in part.chunks}
+
+
+def _standing(target: RunDirectory, path: str, part: Part) -> Part | None:
+    """The part at `path`, if it is whole and holds the same under digests of the same kind."""
     try:
-        return target.store.read(path, limit_bytes=PART_LIMIT_BYTES) == encode_part(part)
+        found = decode_part(target.store.read(path, limit_bytes=PART_LIMIT_BYTES), path)
     except CkptError:
-        return False
+        return None
+    alike = found.content_digest() == part.content_digest() and found.attempt == part.attempt
+    plain = all(not chunk.packed and not chunk.file for chunk in found.chunks)
+    return found if alike and plain else None
 
 
-def _copy_data(file: DataFile, part: Part, target: RunDirectory, threads: int, on_bytes: OnBytes) -> Part:
-    """Copy a data file; the part with the digests that the target's run uses."""
+def _copy_data(
+    files: Mapping[str, DataFile], part: Part, target: RunDirectory, threads: int, on_bytes: OnBytes
+) -> Part:
+    """Write all chunks of `part` into one data file; the part that says so, with the digests of the target's run."""
+    layout = lay_out([Extent(c.key, c.offset, c.shape, c.dtype, c.raw_bytes) for c in part.chunks])
     digests: list[dict[int, bytes]] = [{} for _ in part.chunks]
-    writer = target.store.write_data(target.attempt_path(part.attempt, data_name(part.rank)), part.data_bytes)
+    writer = target.store.write_data(target.attempt_path(part.attempt, data_name(part.rank)), layout.data_bytes)
 
-    def act(piece: _Piece, buffer: torch.Tensor) -> None:
-        view = bytes_view(buffer)[: piece.nbytes]
-        file.read(piece.at, view)
-        for index, start, stop, at in piece.held:
-            chunk, memory = part.chunks[index], view[at : at + stop - start]
-            verify(file.name, Segment(chunk, start, stop, ()), memory, start)
-            digests[index][start] = _digested(chunk, memory, start, target.digest)
-        writer.write(piece.at, view)
-        on_bytes(piece.nbytes)
+    def act(run: Run, buffer: torch.Tensor) -> None:
+        memory = bytes_view(buffer)
+        view, scratch = memory[: run.nbytes], memory[_BUFFER_BYTES:]
+        if not run.pieces:
+            view[:] = layout.header[run.at : run.at + run.nbytes]
+        for group in _side_by_side(run, part):
+            _read_group(files, group, part, view, scratch)
+        end = 0
+        for index, start, stop, at in run.pieces:
+            view[end:at] = bytes(at - end)
+            end = at + stop - start
+            digests[index][start] = _digested(part.chunks[index], view[at:end], start, target.digest)
+        if run.pieces:
+            view[end:] = bytes(run.nbytes - end)
+        writer.write(run.at, view)
+        on_bytes(run.nbytes * part.data_bytes // layout.data_bytes)
 
     try:
-        each(_pieces(part, file.name), act, threads, _BUFFER_BYTES)
+        each((*layout.header_runs, *layout.runs), act, threads, 2 * _BUFFER_BYTES)
     except BaseException:
         writer.abandon()
         raise
     writer.finish()
     chunks = tuple(
-        msgspec.structs.replace(chunk, digests=b"".join(found[start] for start in sorted(found)))
-        for chunk, found in zip(part.chunks, digests, strict=True)
+        msgspec.structs.replace(
+            chunk,
+            file="",
+            at=at,
+            stored_bytes=chunk.raw_bytes,
+            codec=RAW,
+            frames=b"",
+            digests=b"".join(found[start] for start in sorted(found)),
+        )
+        for chunk, at, found in zip(part.chunks, layout.starts, digests, strict=True)
     )
-    return msgspec.structs.replace(part, chunks=chunks)
+    return msgspec.structs.replace(part, chunks=chunks, data_bytes=layout.data_bytes)
+
+
+def _side_by_side(run: Run, part: Part) -> Iterator[list[_Piece]]:
+    """The pieces of a run, together where they lie as close in one file of the source: read at once."""
+    group: list[_Piece] = []
+    for piece in run.pieces:
+        chunk = part.chunks[piece[0]]
+        if group and (chunk.packed or _shift(group[-1], part) != _shift(piece, part)):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def _shift(piece: _Piece, part: Part) -> tuple[str, int]:
+    index, start, _, at = piece
+    return part.chunks[index].file, part.chunks[index].at + start - at
+
+
+def _read_group(
+    files: Mapping[str, DataFile], group: list[_Piece], part: Part, view: memoryview, scratch: memoryview
+) -> None:
+    file = files[part.chunks[group[0][0]].file]
+    segments = [(Segment(part.chunks[index], start, stop, ()), at) for index, start, stop, at in group]
+    if len(group) == 1:
+        segment, at = segments[0]
+        read_segment(file, segment, view[at : at + segment.stop - segment.start], scratch)
+        return
+    (_, shift), first, (last, end) = _shift(group[0], part), group[0][3], segments[-1]
+    file.read(shift + first, view[first : end + last.stop - last.start])
+    for segment, at in segments:
+        verify(file.name, segment, view[at : at + segment.stop - segment.start], segment.start)
 
 
 def _digested(chunk: Chunk, memory: memoryview, start: int, digest: Digest) -> bytes:
@@ -152,37 +207,3 @@ def _digested(chunk: Chunk, memory: memoryview, start: int, digest: Digest) -> b
     if size == len(digest(b"")):
         return chunk.digests[start // BLOCK_BYTES * size : -(-(start + len(memory)) // BLOCK_BYTES) * size]
     return b"".join(digest(memory[at : at + BLOCK_BYTES]) for at in range(0, len(memory), BLOCK_BYTES))
-
-
-def _pieces(part: Part, name: str) -> Iterator[_Piece]:
-    """The data file in whole pages: large chunks in runs, small ones as they lie together, and what lies between."""
-    ordered = sorted(enumerate(part.chunks), key=lambda found: found[1].at)
-    cuts = [number for number, (_, chunk) in enumerate(ordered) if chunk.at % ALIGN_BYTES == 0]
-    if ordered and (not cuts or cuts[0]):
-        raise Incompatible(f"{name}: its chunks do not begin on a page, as those of this library do")
-    at = 0
-    for first, stop in pairwise([*cuts, len(ordered)]):
-        group = ordered[first:stop]
-        begin, last = group[0][1].at, group[-1][1]
-        end = min(-(-(last.at + last.stored_bytes) // ALIGN_BYTES) * ALIGN_BYTES, part.data_bytes)
-        yield from _gap(at, begin)
-        yield from _group(group, begin, end, name)
-        at = end
-    yield from _gap(at, part.data_bytes)
-
-
-def _group(group: Sequence[tuple[int, Chunk]], begin: int, end: int, name: str) -> Iterator[_Piece]:
-    if len(group) == 1:
-        index, chunk = group[0]
-        for start in range(0, end - begin, RUN_BYTES):
-            nbytes = min(RUN_BYTES, end - begin - start)
-            yield _Piece(begin + start, nbytes, ((index, start, min(start + nbytes, chunk.raw_bytes), 0),))
-        return
-    if end - begin > _BUFFER_BYTES:
-        raise Incompatible(f"{name}: small chunks lie together in more bytes than this library packs")
-    yield _Piece(begin, end - begin, tuple((index, 0, chunk.raw_bytes, chunk.at - begin) for index, chunk in group))
-
-
-def _gap(at: int, stop: int) -> Iterator[_Piece]:
-    for first in range(at, stop, RUN_BYTES):
-        yield _Piece(first, min(RUN_BYTES, stop - first))

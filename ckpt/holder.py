@@ -24,8 +24,8 @@ from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
     PART_LIMIT_BYTES,
     Manifest,
-    data_name,
     decode_manifest,
+    decode_part,
     matches,
     part_name,
 )
@@ -36,7 +36,7 @@ from ckpt.run import RunDirectory
 log = logging.getLogger("ckpt")
 
 RETIRED_AT_ONCE = 500  # attempts that one record names: it stays far below its limit
-_OURS = re.compile(r"MANIFEST|r\d{5,}\.(part|safetensors)|\.tmp-.*")
+_OURS = re.compile(r"MANIFEST|r\d{5,}\.(part|safetensors|packed)|\.tmp-.*")
 
 
 @dataclass(frozen=True)
@@ -166,17 +166,18 @@ class Holder:
 
     def _complete(self, name: str) -> tuple[Manifest, bytes]:
         store, path = self.run.store, self.run.attempt_path
-        data = store.read(path(name, "MANIFEST"), limit_bytes=MANIFEST_LIMIT_BYTES)
-        manifest = decode_manifest(data, path(name, "MANIFEST"))
+        whole = store.read(path(name, "MANIFEST"), limit_bytes=MANIFEST_LIMIT_BYTES)
+        manifest = decode_manifest(whole, path(name, "MANIFEST"))
         if manifest.attempt != name:
             raise Corrupt(f"{path(name, 'MANIFEST')} is that of attempt {manifest.attempt}")
         for rank, ref in enumerate(manifest.parts):
-            if store.size(path(name, data_name(rank))) != ref.data_bytes:
-                raise Corrupt(f"{path(name, data_name(rank))} has another size than its manifest says")
-            part = store.read(path(name, part_name(rank)), limit_bytes=PART_LIMIT_BYTES)
-            if len(part) != ref.part_bytes or not matches(part, ref.part_digest):
-                raise Corrupt(f"{path(name, part_name(rank))} does not match its manifest")
-        return manifest, data
+            data = store.read(where := path(name, part_name(rank)), limit_bytes=PART_LIMIT_BYTES)
+            if len(data) != ref.part_bytes or not matches(data, ref.part_digest):
+                raise Corrupt(f"{where} does not match its manifest")
+            file = path(name, decode_part(data, where).data_name)
+            if store.size(file) != ref.data_bytes:
+                raise Corrupt(f"{file} has another size than its manifest says")
+        return manifest, whole
 
 
 def _before(view: View) -> set[int]:
@@ -218,6 +219,7 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
             world=manifest.world.size,
             unix_s=unix_s,
             nbytes=sum(ref.data_bytes + ref.part_bytes for ref in manifest.parts) + len(data),
+            sources=manifest.sources,
         )
     )
 

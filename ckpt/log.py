@@ -10,7 +10,8 @@ The rules, all of them:
 
 - Slots are numbered from 0 without a gap. A slot holds one record, or is void (a crash on a store without hard links).
 - A `start` counts if its generation is the current one + 1 and its base is None or a commit that counted.
-- A `commit` counts if it is of the current generation, its parent is the head and its step is above the head's.
+- A `commit` counts if it is of the current generation, its parent is the head and its step is above the head's, and
+  the attempts in whose files some of its tensors lie (`sources`) are commits that were not retired.
 - `retire` counts if it is of the current generation; a `request` always does.
 - A `pin` counts if its attempt is a commit that was not retired, `unpin` if there is such a pin; both of any writer.
 - Whatever does not count is kept in `View.ignored`, with the reason: also kinds that a later minor version adds.
@@ -162,7 +163,8 @@ class _Fold:
             return f"step {commit.step} is not above the head's, {self.head.step}"
         if commit.attempt in self.commits:
             return f"{commit.attempt} was committed before"
-        return None
+        gone = [source for source in commit.sources if not self._stands(source)]
+        return f"some of its tensors lie in {gone[0]}, which is not there" if gone else None
 
     def _count(self, record: Entry) -> None:
         if isinstance(record, Start):
@@ -236,11 +238,12 @@ def decide_commit(
     world: int,
     unix_s: float,
     nbytes: int,
+    sources: tuple[str, ...] = (),
 ) -> Commit:
     """The commit of `attempt` on top of the head, for the holder of `generation` (whose start has `holder_nonce`).
 
-    Raises Fenced if that holder is no longer the current one; Incompatible if `step` is not above the head's, or if
-    the attempt was committed before.
+    Raises Fenced if that holder is no longer the current one; Incompatible if `step` is not above the head's, if the
+    attempt was committed before, or if one of its `sources` is gone.
     """
     _check_fence(view, generation, holder_nonce)
     head = view.head
@@ -251,10 +254,13 @@ def decide_commit(
         )
     if attempt in view.commits:
         raise Incompatible(f"attempt {attempt} was committed before; restore(state, step=...) can go back to it")
+    for source in sources:
+        if source not in view.commits or source in view.retired:
+            raise Incompatible(f"attempt {attempt} refers to tensors in {source}, which was deleted meanwhile")
     return Commit(
         generation=generation, nonce=nonce, step=step, attempt=attempt, parent=head.attempt if head else None,
         manifest_digest=manifest_digest, manifest_bytes=manifest_bytes, content_digest=content_digest,
-        metrics=dict(metrics), world=world, unix_s=unix_s, nbytes=nbytes
+        metrics=dict(metrics), world=world, unix_s=unix_s, nbytes=nbytes, sources=sources
     )  # fmt: skip
 
 
@@ -275,11 +281,13 @@ def decide_unpin(view: View, *, nonce: str, name: str) -> Unpin:
 def decide_retire(view: View, *, generation: int, holder_nonce: str, nonce: str, attempts: Iterable[str]) -> Retire:
     """The record that must stand before the bytes of `attempts` are deleted.
 
-    Raises Fenced; Incompatible if the head or a pinned attempt is among them.
+    Raises Fenced; Incompatible if the head, a pinned attempt, or the source of one that stays is among them.
     """
     _check_fence(view, generation, holder_nonce)
     leaving = tuple(sorted(set(attempts)))
-    kept = {pin.attempt: f"pinned as {pin.name!r}" for pin in view.pins.values()}
+    stay = [commit for commit in view.commits.values() if commit.attempt not in view.retired.union(leaving)]
+    kept = {source: f"where tensors of step {commit.step} lie" for commit in stay for source in commit.sources}
+    kept |= {pin.attempt: f"pinned as {pin.name!r}" for pin in view.pins.values()}
     if view.head is not None:
         kept[view.head.attempt] = "the newest step of this run"
     for attempt in leaving:

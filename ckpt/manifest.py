@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Annotated, TypeAlias, TypeVar
 
@@ -32,6 +33,10 @@ MANIFEST_LIMIT_BYTES = 256 << 20
 PART_LIMIT_BYTES = 1 << 30
 BLOCK_BYTES = 256 * 1024
 """Raw bytes under one digest; counted from the first byte of a chunk."""
+RAW, PACKED = CODECS = ("raw", "zstd")
+"""How the bytes of a chunk are stored: as they are, or as `ckpt.packing` packs them."""
+SOURCES_LIMIT = 16
+"""Earlier attempts whose data files the chunks of one may lie in."""
 DIGEST_BYTES = 16
 STRONG_DIGEST_BYTES = 32
 MAX_DIMS = 64
@@ -39,6 +44,7 @@ MAX_WORLD = 1 << 22
 MAX_SPLIT_FACTOR = 1 << 16
 _MAX_BYTES = 1 << 62
 _ATTEMPT = re.compile(r"[0-9]{9,19}\.[a-z0-9_-][a-z0-9._-]{0,200}")
+_DATA_NAME = re.compile(r"r[0-9]{5,7}\.(safetensors|packed)")
 
 T = TypeVar("T")
 Digest: TypeAlias = Callable[[bytes | memoryview], bytes]
@@ -59,34 +65,60 @@ def matches(data: bytes | memoryview, expected: bytes) -> bool:
     return (strong_digest if len(expected) == STRONG_DIGEST_BYTES else digest)(data) == expected
 
 
+def most_packed(nbytes: int, itemsize: int) -> int:
+    """The most bytes that a packed block of `nbytes` can have (`ckpt.packing`)."""
+    return nbytes + 4 * itemsize
+
+
 def part_name(rank: int) -> str:
     return f"r{rank:05d}.part"
 
 
-def data_name(rank: int) -> str:
-    return f"r{rank:05d}.safetensors"
+def data_name(rank: int, packed: bool = False) -> str:
+    return f"r{rank:05d}.{'packed' if packed else 'safetensors'}"
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A stored Slice. Row-major raw bytes; `digests` holds one digest for each BLOCK_BYTES of them."""
+    """A stored Slice. Row-major raw bytes; `digests` holds one digest for each BLOCK_BYTES of them.
+
+    Where they are packed (`ckpt.packing`), each block by itself, `frames` has the stored size of each, 4 bytes.
+    """
 
     key: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: str
-    file: str  # "" is the data file of this part's writer
+    file: str  # "" is the data file of this part's writer; else <attempt>/<data file> of an earlier one
     at: int  # first byte in the file
     stored_bytes: int
-    codec: str  # "raw"; a later release may add others
+    codec: str  # one of CODECS
     digests: bytes
+    frames: bytes = b""
 
     @property
     def box(self) -> Slice:
         return Slice(self.offset, self.shape)
 
     @property
+    def source(self) -> str:
+        """The earlier attempt that stored these bytes; "": this one did."""
+        return self.file.partition("/")[0]
+
+    @property
     def raw_bytes(self) -> int:
         return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def packed(self) -> bool:
+        return self.codec != RAW
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Where in the file its raw bytes [start, stop) begin and end; packed, on block borders or at the end."""
+        if not self.packed:
+            return self.at + start, self.at + stop
+        ends = _ends(self.frames)
+        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        return self.at + ends[first], self.at + ends[last]
 
     @property
     def digest_bytes(self) -> int:
@@ -104,6 +136,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: dict[str, bytes]
     rank_values: dict[str, bytes]
 
+    @property
+    def data_name(self) -> str:
+        """Name of its own data file: its chunks there are all packed, or none is."""
+        return data_name(self.rank, any(chunk.packed and not chunk.file for chunk in self.chunks))
+
     def content_digest(self) -> bytes:
         """Digest of what is stored, whatever the file layout and codec."""
         content = [(c.key, c.offset, c.shape, c.dtype, c.digests) for c in self.chunks]
@@ -111,15 +148,19 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PartRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Size and digest of a part, and the size of its data file."""
+    """Size and digest of a part, the size of its data file, and the digest of what is stored, wherever it lies."""
 
     part_bytes: int
     part_digest: bytes
     data_bytes: int
+    content_digest: bytes
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """One attempt. `parent` is the attempt that its lineage continues; the part of rank i is `parts[i]`."""
+    """One attempt. `parent` is the attempt that its lineage continues; the part of rank i is `parts[i]`.
+
+    `sources`: the earlier attempts in whose data files some of its chunks lie.
+    """
 
     step: int
     generation: int
@@ -130,6 +171,7 @@ class Manifest(msgspec.Struct, frozen=True):
     parts: tuple[PartRef, ...]
     content_digest: bytes
     metrics: dict[str, float]
+    sources: tuple[str, ...] = ()
 
 
 class _Mesh(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -178,6 +220,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     parts: tuple[PartRef, ...]
     content_digest: bytes
     metrics: dict[str, float]
+    sources: tuple[str, ...]
 
 
 def content_digest_of(world: World, parts: Iterable[bytes]) -> bytes:
@@ -202,13 +245,18 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         raise Corrupt(f"{where}: {len(wire.parts)} parts for a world of {world.size} ranks")
     if not 0 <= wire.step < 1 << 63 or wire.generation < 0:
         raise Corrupt(f"{where}: step {wire.step} or generation {wire.generation} is out of range")
-    for name in (wire.attempt, wire.parent):
+    for name in (wire.attempt, wire.parent, *wire.sources):
         if name is not None and not _ATTEMPT.fullmatch(name):
             raise Corrupt(f"{where}: {name[:80]!r} is not the name of an attempt")
     if not wire.attempt.startswith(f"{wire.step:09d}."):
         raise Corrupt(f"{where}: attempt {wire.attempt!r} is not one of step {wire.step}")
-    if len(wire.content_digest) != DIGEST_BYTES:
-        raise Corrupt(f"{where}: the content digest has {len(wire.content_digest)} bytes")
+    if len(wire.sources) > SOURCES_LIMIT or sorted({*wire.sources} - {wire.attempt}) != list(wire.sources):
+        raise Corrupt(
+            f"{where}: its {len(wire.sources)} sources are not distinct, ascending and at most {SOURCES_LIMIT}"
+        )
+    for found in (wire.content_digest, *(ref.content_digest for ref in wire.parts)):
+        if len(found) != DIGEST_BYTES:
+            raise Corrupt(f"{where}: a content digest has {len(found)} bytes")
     for ref in wire.parts:
         _require_bytes(where, "part", ref.part_bytes, PART_LIMIT_BYTES)
         _require_bytes(where, "data file", ref.data_bytes, _MAX_BYTES)
@@ -233,11 +281,13 @@ def decode_part(data: bytes, where: str) -> Part:
 
 
 def check_part(part: Part, manifest: Manifest, rank: int, where: str) -> None:
-    """`Corrupt`, naming `where`, unless `part` is what `manifest` says that writer `rank` stored."""
-    if part.rank != rank or part.attempt != manifest.attempt or part.data_bytes != manifest.parts[rank].data_bytes:
+    """`Corrupt`, naming `where`, unless `part` can be what writer `rank` stored for `manifest`."""
+    if part.rank != rank or part.attempt != manifest.attempt:
         raise Corrupt(f"{where}: it is the part of another attempt or rank")
     specs = manifest.world.specs
     for chunk in part.chunks:
+        if chunk.file and chunk.source not in manifest.sources:
+            raise Corrupt(f"{where}: chunk of {chunk.key} lies in {chunk.file}, which its MANIFEST does not name")
         spec = specs.get(chunk.key)
         if spec is None or spec.dtype != chunk.dtype or len(spec.shape) != len(chunk.shape):
             raise Corrupt(f"{where}: chunk of {chunk.key} as {chunk.dtype} {chunk.shape}, its MANIFEST says {spec}")
@@ -308,16 +358,18 @@ def _require_bytes(where: str, what: str, nbytes: int, limit: int) -> None:
 
 def _check_chunks(part: Part, where: str) -> None:
     for chunk in part.chunks:
-        if chunk.codec != "raw":
+        if chunk.codec not in CODECS:
             raise Incompatible(
-                f"{where}: chunk of {chunk.key} is stored with codec {chunk.codec[:80]!r}; this release reads only raw."
-                " Use a newer holdfast."
+                f"{where}: chunk of {chunk.key} is stored with codec {chunk.codec[:80]!r}; this release reads "
+                f"{' and '.join(CODECS)}. Use a newer holdfast."
             )
         _check_chunk(chunk, part.data_bytes)
+    if len({chunk.codec for chunk in part.chunks if not chunk.file}) > 1:
+        raise ValueError("some chunks of one data file are packed and others are not")
     if any((left.key, left.offset) >= (right.key, right.offset) for left, right in pairwise(part.chunks)):
         raise ValueError("chunks are not distinct and ascending by key and offset")
-    spans = sorted((c.at, c.at + c.stored_bytes) for c in part.chunks)
-    if any(left[1] > right[0] for left, right in pairwise(spans)):
+    spans = sorted((c.file, c.at, c.at + c.stored_bytes) for c in part.chunks)
+    if any(left[0] == right[0] and left[2] > right[1] for left, right in pairwise(spans)):
         raise ValueError("two chunks share bytes of one file")
 
 
@@ -328,15 +380,35 @@ def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
     _ = chunk.box
     if any(o > _MAX_BYTES for o in chunk.offset):
         raise ValueError(f"chunk of {chunk.key}: offset {chunk.offset} is out of range")
-    if chunk.file:
-        raise ValueError(f"chunk of {chunk.key}: refers to file {chunk.file!r}; this release reads no references")
-    if chunk.stored_bytes != spec.nbytes:
-        raise ValueError(f"chunk of {chunk.key}: {chunk.stored_bytes} stored bytes, its shape needs {spec.nbytes}")
-    if chunk.at < 0 or chunk.at + chunk.stored_bytes > data_bytes:
-        raise ValueError(f"chunk of {chunk.key}: bytes {chunk.at}+{chunk.stored_bytes} reach outside the data file")
+    attempt, _, name = chunk.file.partition("/")
+    if chunk.file and not (_ATTEMPT.fullmatch(attempt) and _DATA_NAME.fullmatch(name)):
+        raise ValueError(f"chunk of {chunk.key}: {chunk.file[:200]!r} is not <attempt>/<data file>")
     blocks = -(-spec.nbytes // BLOCK_BYTES)
+    if chunk.packed:
+        _check_frames(chunk, spec.nbytes, blocks)
+    elif chunk.stored_bytes != spec.nbytes or chunk.frames:
+        raise ValueError(f"chunk of {chunk.key}: {chunk.stored_bytes} stored bytes, its shape needs {spec.nbytes}")
+    if chunk.at < 0 or chunk.at + chunk.stored_bytes > (_MAX_BYTES if chunk.file else data_bytes):
+        raise ValueError(f"chunk of {chunk.key}: bytes {chunk.at}+{chunk.stored_bytes} reach outside the data file")
     if len(chunk.digests) not in (blocks * DIGEST_BYTES, blocks * STRONG_DIGEST_BYTES):
         raise ValueError(f"chunk of {chunk.key}: {len(chunk.digests)} bytes of digests for {spec.nbytes} bytes")
+
+
+def _check_frames(chunk: Chunk, nbytes: int, blocks: int) -> None:
+    if len(chunk.frames) != 4 * blocks:
+        raise ValueError(f"chunk of {chunk.key}: {len(chunk.frames)} bytes of frames for {blocks} blocks")
+    sizes, itemsize = array("I", chunk.frames), ITEMSIZE[chunk.dtype]
+    raw = [min(BLOCK_BYTES, nbytes - block * BLOCK_BYTES) for block in range(blocks)]
+    if any(size > most_packed(whole, itemsize) for size, whole in zip(sizes, raw, strict=True)):
+        raise ValueError(f"chunk of {chunk.key}: a packed block is larger than it can be")
+    if sum(sizes) != chunk.stored_bytes:
+        raise ValueError(f"chunk of {chunk.key}: its packed blocks have {sum(sizes)} bytes, not {chunk.stored_bytes}")
+
+
+@lru_cache(maxsize=4096)
+def _ends(frames: bytes) -> list[int]:
+    """Where each packed block begins, and where the last one ends."""
+    return [0, *accumulate(array("I", frames))]
 
 
 # The world

@@ -63,14 +63,51 @@ class Run:
     pieces: tuple[tuple[int, int, int, int], ...]  # (chunk index, start, stop, first byte in the run)
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes that a data file is to hold under a name: those of one box of a tensor."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A data file: `header` opens it, extent i starts at byte `starts[i]`, and `runs` fill the rest."""
+
+    header: bytes
+    starts: tuple[int, ...]
+    runs: tuple[Run, ...]
+    data_bytes: int  # of the whole file
+
+    @property
+    def header_runs(self) -> tuple[Run, ...]:
+        """The writes of the header; no pieces lie in them."""
+        whole = len(self.header)
+        return tuple(Run(at, min(RUN_BYTES, whole - at), ()) for at in range(0, whole, RUN_BYTES))
+
+
+def lay_out(extents: Sequence[Extent]) -> FileLayout:
+    """The file of `extents`: large ones first, each on a page border, then small ones side by side."""
+    sizes = [extent.nbytes for extent in extents]
+    packs = _pack(sizes)
+    data_bytes = _round_up(packs[-1].stop, ALIGN_BYTES) if packs else 0
+    starts = {index: start for pack in packs for index, start in zip(pack.members, pack.starts, strict=True)}
+    header = _header([(extents[i], start) for i, start in starts.items()], data_bytes)
+    base = len(header)
+    runs = tuple(run for pack in packs for run in _runs(pack, sizes, base))
+    return FileLayout(header, tuple(base + starts[i] for i in range(len(extents))), runs, base + data_bytes)
+
+
 @dataclass(frozen=True)
 class SavePlan:
-    """What one rank writes: `chunks` ordered by key; `header` opens the file; `runs` fill the rest of it."""
+    """What one rank writes: `chunks` ordered by key, in a data file laid out as `file`."""
 
     chunks: tuple[PlannedChunk, ...]
-    header: bytes
-    runs: tuple[Run, ...]
-    data_bytes: int
+    file: FileLayout
     values: tuple[str, ...]  # shared values that this rank writes
 
 
@@ -78,16 +115,17 @@ def plan_save(world: World, rank: int) -> SavePlan:
     """The plan of `rank`: a function of what it holds and of its replica groups."""
     specs = world.specs
     owned = owned_by(world, rank)
-    sizes = [o.box.numel * ITEMSIZE[specs[o.key].dtype] for o in owned]
-    packs = _pack(sizes)
-    data_bytes = _round_up(packs[-1].stop, ALIGN_BYTES) if packs else 0
-    starts = {index: start for pack in packs for index, start in zip(pack.members, pack.starts, strict=True)}
-    header = _header([(owned[i], specs[owned[i].key], sizes[i], start) for i, start in starts.items()], data_bytes)
-    base = len(header)
-    chunks = tuple(PlannedChunk(o, specs[o.key], base + starts[i], sizes[i]) for i, o in enumerate(owned))
-    runs = tuple(run for pack in packs for run in _runs(pack, sizes, base))
+    extents = [
+        Extent(o.key, o.box.offset, o.box.shape, (dtype := specs[o.key].dtype), o.box.numel * ITEMSIZE[dtype])
+        for o in owned
+    ]
+    file = lay_out(extents)
+    chunks = tuple(
+        PlannedChunk(o, specs[o.key], at, extent.nbytes)
+        for o, extent, at in zip(owned, extents, file.starts, strict=True)
+    )
     values = tuple(name for name in world.layout(rank).values if world.value_owner[name] == rank)
-    return SavePlan(chunks, header, runs, base + data_bytes, values)
+    return SavePlan(chunks, file, values)
 
 
 @dataclass(slots=True)
@@ -139,18 +177,18 @@ def entry_name(key: str, offset: tuple[int, ...]) -> str:
     return f"{key}@{','.join(map(str, offset))}"
 
 
-def _header(chunks: Iterable[tuple[Owned, TensorSpec, int, int]], data_bytes: int) -> bytes:
+def _header(placed: Iterable[tuple[Extent, int]], data_bytes: int) -> bytes:
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = pads = 0
-    for owned, spec, nbytes, start in chunks:
+    for extent, start in placed:
         if start > end:
             table[f".pad/{pads}"] = _pad(end, start)
             pads += 1
-        end = start + nbytes
-        dtype, shape = SAFETENSORS_DTYPE.get(spec.dtype), list(owned.box.shape)
-        table[entry_name(owned.key, owned.box.offset)] = {
+        end = start + extent.nbytes
+        dtype = SAFETENSORS_DTYPE.get(extent.dtype)
+        table[entry_name(extent.key, extent.offset)] = {
             "dtype": dtype or "U8",
-            "shape": shape if dtype else [nbytes],
+            "shape": list(extent.shape) if dtype else [extent.nbytes],
             "data_offsets": [start, end],
         }
     if data_bytes > end:
@@ -205,12 +243,21 @@ class Segment:
     copies: tuple[Copy, ...]
     in_place: int | None = None
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its bytes, packed or not, begin and end in the file."""
+        return self.chunk.span(self.start, self.stop)
+
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One read of the data file of part `part`: bytes [at, at + nbytes), which hold these segments in order."""
+    """One read of a data file: bytes [at, at + nbytes), which hold these segments in order.
+
+    `file` is the one that the chunks of part `part` name: "" is its own.
+    """
 
     part: int
+    file: str
     at: int
     nbytes: int
     segments: tuple[Segment, ...]
@@ -266,10 +313,10 @@ def plan_load(targets: Sequence[Target], parts: dict[int, Sequence[Chunk]]) -> L
                     copies.append(Copy(index, box, moved, target.compare))
             if fault := cover_fault(piece.box, meets):
                 raise Corrupt(f"{target.key}: the stored chunks do not cover it: {fault}")
-    segments: dict[int, list[Segment]] = {}
+    segments: dict[tuple[int, str], list[Segment]] = {}
     for (part, _, _), (chunk, copies) in wanted.items():
-        segments.setdefault(part, []).extend(_segments(chunk, copies, targets))
-    fetches = [fetch for part, found in segments.items() for fetch in _coalesce(part, found)]
+        segments.setdefault((part, chunk.file), []).extend(_segments(chunk, copies, targets))
+    fetches = [fetch for (part, file), found in segments.items() for fetch in _coalesce(part, file, found)]
     return LoadPlan(tuple(fetches), used)
 
 
@@ -296,6 +343,8 @@ def _in_place(chunk: Chunk, copy: Copy, target: Target) -> tuple[int, int, int] 
     local = copy.box.moved_by(copy.moved)
     inner = copy.box.relative_to(chunk.offset)
     if not target.direct or target.compare or not is_flat(chunk.shape, inner) or not is_flat(target.shape, local):
+        return None
+    if chunk.packed:
         return None
     itemsize, nbytes = ITEMSIZE[chunk.dtype], chunk.raw_bytes
     start, stop = (edge * itemsize for edge in flat_span(chunk.shape, inner))
@@ -343,35 +392,35 @@ def _meets(chunk: Chunk, box: Slice, start: int, stop: int) -> bool:
     return low < stop and start < high
 
 
-def _coalesce(part: int, segments: Iterable[Segment]) -> Iterable[Fetch]:
+def _coalesce(part: int, file: str, segments: Iterable[Segment]) -> Iterable[Fetch]:
     """Reads in file order; buffered segments that lie side by side share one read of at most RUN_BYTES."""
     batch: list[Segment] = []
     for segment in sorted(segments, key=_file_start):
         if segment.in_place is not None:
-            yield _fetch(part, [segment])
+            yield _fetch(part, file, [segment])
         elif batch and (
             _file_start(segment) > _file_stop(batch[-1]) + ALIGN_BYTES
             or _file_stop(segment) - _file_start(batch[0]) > RUN_BYTES
         ):
-            yield _fetch(part, batch)
+            yield _fetch(part, file, batch)
             batch = [segment]
         else:
             batch.append(segment)
     if batch:
-        yield _fetch(part, batch)
+        yield _fetch(part, file, batch)
 
 
 def _file_start(segment: Segment) -> int:
-    return segment.chunk.at + segment.start
+    return segment.span[0]
 
 
 def _file_stop(segment: Segment) -> int:
-    return segment.chunk.at + segment.stop
+    return segment.span[1]
 
 
-def _fetch(part: int, segments: Sequence[Segment]) -> Fetch:
+def _fetch(part: int, file: str, segments: Sequence[Segment]) -> Fetch:
     start = _file_start(segments[0])
-    return Fetch(part, start, _file_stop(segments[-1]) - start, tuple(segments))
+    return Fetch(part, file, start, _file_stop(segments[-1]) - start, tuple(segments))
 
 
 def copy_boxes(segment: Segment, copy: Copy) -> Iterable[tuple[int, Slice, Slice, Slice]]:

@@ -5,7 +5,8 @@
 
 The page cache is what the ranks of a machine share: what several of them want is read through it, so that the disk
 is asked once, and each rank starts elsewhere. Every block is verified before anybody can use it. A thread holds one
-buffer of RUN_BYTES and two pages, no more; at most OPEN_FILES files are open beside those in use.
+buffer of RUN_BYTES and a few pages, and another one where it unpacks; at most OPEN_FILES files are open beside those in
+use.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ckpt.buffers import each, narrow, typed
 from ckpt.datafile import STEP_BYTES, DataFile
 from ckpt.errors import Corrupt, Incompatible, StorageError
 from ckpt.manifest import BLOCK_BYTES, digest, matches
+from ckpt.packing import unpack
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Copy, Fetch, LoadPlan, Segment, copy_boxes
 from ckpt.sharding import ITEMSIZE
 from ckpt.slices import Slice, flat_span
@@ -36,7 +38,7 @@ READ_THREADS = 3  # the disk works on while two verify and copy; more only wait 
 READ_AHEAD = 8  # fetches of at most RUN_BYTES each
 TURN = 16  # fetches that a rank reads first, of those it shares with others
 OPEN_FILES = 32
-_BUFFER_BYTES = RUN_BYTES + 2 * ALIGN_BYTES  # direct I/O brings whole pages
+_BUFFER_BYTES = RUN_BYTES + 4 * ALIGN_BYTES  # direct I/O brings whole pages; packed blocks can be a little longer
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,25 @@ def machine() -> bytes:
 
 
 def read_data(
-    open_part: Callable[[int], DataFile],
+    open_file: Callable[[int, str], DataFile],
     plan: LoadPlan,
     tensors: Sequence[torch.Tensor],
     neighbours: Neighbours = ALONE,
     threads: int = READ_THREADS,
 ) -> None:
-    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i, `open_part(i)` the data of part i.
+    """Fill the targets of `plan`; `tensors[i]` is the local tensor of target i.
 
+    `open_file(i, file)` opens what chunks of part i call `file`.
     `Corrupt`, naming file and tensor, when a block does not match its digest or the file ends early: some targets
     are overwritten then.
     """
     with ExitStack() as stack:
-        files = _Files(open_part)
+        files = _Files(open_file)
         stack.callback(files.close)
         turns = _announced(files, _in_turn(plan.fetches, neighbours), neighbours)
-        each(turns, lambda turn, buffer: _read_fetch(files, turn, buffer, tensors), threads, _BUFFER_BYTES)
+        packed = any(segment.chunk.packed for fetch in plan.fetches for segment in fetch.segments)
+        nbytes = _BUFFER_BYTES + RUN_BYTES * packed
+        each(turns, lambda turn, buffer: _read_fetch(files, turn, buffer, tensors), threads, nbytes)
 
 
 def verify_chunks(file: DataFile, segments: Iterable[Segment]) -> Iterator[tuple[Segment, str]]:
@@ -84,12 +89,11 @@ def verify_chunks(file: DataFile, segments: Iterable[Segment]) -> Iterator[tuple
 
     What the disk cannot read (EIO) is damaged too; any other failure of the store is raised.
     """
-    buffer = torch.empty(RUN_BYTES, dtype=torch.uint8)  # never pinned: a check leaves the GPU alone
+    buffer = torch.empty(_BUFFER_BYTES + RUN_BYTES, dtype=torch.uint8)  # never pinned: a check leaves the GPU alone
     for segment in segments:
         try:
-            view = bytes_view(buffer)[: segment.stop - segment.start]
-            file.read(segment.chunk.at + segment.start, view)
-            verify(file.name, segment, view, segment.start)
+            view = bytes_view(buffer)
+            read_segment(file, segment, view[: segment.stop - segment.start], view[RUN_BYTES:])
         except (Corrupt, StorageError) as error:
             cause = error.__cause__
             if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno == errno.EIO):
@@ -109,17 +113,18 @@ class _Open:
 
 
 class _Files:
-    """The data files of the parts; those used last stay open."""
+    """The data files that fetches name; those used last stay open."""
 
-    def __init__(self, open_part: Callable[[int], DataFile]) -> None:
-        self._open_part, self._open = open_part, dict[int, _Open]()  # in the order of their last use
+    def __init__(self, open_file: Callable[[int, str], DataFile]) -> None:
+        self._open_file, self._open = open_file, dict[tuple[int, str], _Open]()  # in the order of their last use
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, part: int) -> Iterator[DataFile]:
+    def use(self, fetch: Fetch) -> Iterator[DataFile]:
+        name = fetch.part, fetch.file
         with self._lock:
-            found = self._open.pop(part, None) or _Open(self._open_part(part))
-            self._open[part] = found
+            found = self._open.pop(name, None) or _Open(self._open_file(*name))
+            self._open[name] = found
             found.users += 1
             idle = [other for other, held in self._open.items() if not held.users]
             for other in idle[: max(0, len(self._open) - OPEN_FILES)]:
@@ -174,7 +179,7 @@ def _announced(files: _Files, fetches: Iterable[Fetch], neighbours: Neighbours) 
 
 
 def _way(files: _Files, fetch: Fetch, neighbours: Neighbours) -> _Way:
-    with files.use(fetch.part) as file:
+    with files.use(fetch) as file:
         cached = file.cached(fetch.at, fetch.nbytes)
         if cached is False and not _is_shared(fetch, neighbours.wanted):
             return _Way.COLD
@@ -201,7 +206,7 @@ def _meets(segment: Segment, box: Slice) -> bool:
 
 def _read_fetch(files: _Files, turn: _Turn, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     fetch, first = turn.fetch, turn.fetch.segments[0]
-    with files.use(fetch.part) as file:
+    with files.use(fetch) as file:
         if first.in_place is None:
             _through_buffer(file, turn, buffer, tensors)
             return
@@ -237,10 +242,38 @@ def _through_buffer(file: DataFile, turn: _Turn, buffer: torch.Tensor, tensors: 
     else:
         file.read(fetch.at, memory[: fetch.nbytes])
     for segment in fetch.segments:
-        at = first + segment.chunk.at + segment.start - fetch.at
-        verify(file.name, segment, memory[at : at + segment.stop - segment.start], segment.start)
+        begin, end = segment.span
+        at, nbytes = first + begin - fetch.at, segment.stop - segment.start
+        if segment.chunk.packed:
+            packed, at = memory[at : at + end - begin], _BUFFER_BYTES
+            _unpack(file.name, segment, packed, memory[at : at + nbytes])
+        verify(file.name, segment, memory[at : at + nbytes], segment.start)
         for copy in segment.copies:
             _copy_out(file.name, segment, copy, buffer, at, tensors[copy.target])
+
+
+def read_segment(file: DataFile, segment: Segment, into: memoryview, scratch: memoryview) -> None:
+    """Read the raw bytes of `segment` and verify them; packed ones go through `scratch`, RUN_BYTES and a page."""
+    first, last = segment.span
+    if segment.chunk.packed:
+        file.read(first, scratch[: last - first])
+        _unpack(file.name, segment, scratch[: last - first], into)
+    else:
+        file.read(first, into)
+    verify(file.name, segment, into, segment.start)
+
+
+def _unpack(path: str, segment: Segment, packed: memoryview, into: memoryview) -> None:
+    chunk, (base, _) = segment.chunk, segment.span
+    for start in range(segment.start, segment.stop, BLOCK_BYTES):
+        stop = min(start + BLOCK_BYTES, segment.stop)
+        first, last = chunk.span(start, stop)
+        block = into[start - segment.start : stop - segment.start]
+        try:
+            unpack(packed[first - base : last - base], block, ITEMSIZE[chunk.dtype])
+        except Corrupt as error:
+            block_number, at = start // BLOCK_BYTES, list(chunk.offset)
+            raise Corrupt(f"{path}: tensor {chunk.key} at {at} is damaged: block {block_number}: {error}") from error
 
 
 def verify(path: str, segment: Segment, memory: memoryview, first: int) -> None:

@@ -46,7 +46,10 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="st
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="commit"):
-    """Step `step` exists: its bytes are those of `attempt`. `parent` is the attempt of the head it was built on."""
+    """Step `step` exists: its bytes are those of `attempt`. `parent` is the attempt of the head it was built on.
+
+    `sources`: the earlier attempts in whose data files some of its tensors lie.
+    """
 
     generation: int
     nonce: str
@@ -60,6 +63,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="c
     world: int
     unix_s: float
     nbytes: int
+    sources: tuple[str, ...] = ()
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pin"):
@@ -162,7 +166,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("manifest_digest", "content_digest"), _HEX),
     **dict.fromkeys(("parent", "base"), _BASE),
     "attempt": _ATTEMPT,
-    "attempts": _ATTEMPTS,
+    **dict.fromkeys(("attempts", "sources"), _ATTEMPTS),
     "unix_s": _FINITE,
 }
 

@@ -29,7 +29,6 @@ from ckpt.manifest import (
     Manifest,
     Part,
     check_part,
-    data_name,
     decode_manifest,
     decode_part,
     matches,
@@ -81,7 +80,9 @@ class StepReader:
         return manifest
 
     def _where(self, name: str) -> str:
-        return f"{self.run.url}/{self.run.attempt_path(self.commit.attempt, name)}"
+        """What a person would call the file `name` of this attempt, or one that is given by its path."""
+        path = name if "/" in name else self.run.attempt_path(self.commit.attempt, name)
+        return f"{self.run.url}/{path}"
 
     def _damaged(self, name: str, what: str) -> Corrupt:
         return Corrupt(
@@ -100,11 +101,8 @@ class StepReader:
     def part(self, rank: int) -> Part:
         """The part of writer `rank`, verified. Kept until the reader goes."""
         if rank not in self._parts:
-            name, ref = part_name(rank), self.manifest.parts[rank]
-            data = self._in_ram(rank) or self._metadata(name, min(ref.part_bytes, PART_LIMIT_BYTES))
-            if len(data) != ref.part_bytes or not matches(data, ref.part_digest):
-                raise self._damaged(name, "its bytes are not those that the MANIFEST names")
-            part = decode_part(data, self._where(name))
+            name = part_name(rank)
+            part = self._in_ram(rank) or self._in_store(rank)
             check_part(part, self.manifest, rank, self._where(name))
             world = self.manifest.world
             layout = world.layout(rank)
@@ -119,38 +117,67 @@ class StepReader:
         """Whether anything of this step was found in this node's RAM tier."""
         return bool(self._ranks_in_ram)
 
-    def _in_ram(self, rank: int) -> bytes | None:
-        """The part of writer `rank` if this node's RAM tier holds it, with data of the right size."""
+    def _in_store(self, rank: int) -> Part:
+        name, ref = part_name(rank), self.manifest.parts[rank]
+        data = self._metadata(name, min(ref.part_bytes, PART_LIMIT_BYTES))
+        if len(data) != ref.part_bytes or not matches(data, ref.part_digest):
+            raise self._damaged(name, "its bytes are not those that the MANIFEST names")
+        part = decode_part(data, self._where(name))
+        if part.data_bytes != ref.data_bytes:
+            raise self._damaged(name, f"its data file has {part.data_bytes} bytes, the MANIFEST says {ref.data_bytes}")
+        return part
+
+    def _in_ram(self, rank: int) -> Part | None:
+        """The part of writer `rank` as this node's RAM tier holds it, with all of its data, if it does.
+
+        There nothing is stored by reference: its content is the same, and its data file another one.
+        """
         if self._ram is None:
             return None
-        attempt, ref = self.commit.attempt, self.manifest.parts[rank]
+        attempt = self.commit.attempt
         try:
-            data = Path(self._ram.beside(attempt, rank, "part")).read_bytes()
-            whole = os.stat(self._ram.data(attempt, rank)).st_size >= ref.data_bytes
-        except OSError:
+            part = decode_part(Path(path := self._ram.beside(attempt, rank, "part")).read_bytes(), path)
+            whole = os.stat(self._ram.data(attempt, rank)).st_size >= part.data_bytes
+        except (OSError, CkptError):
             return None
-        if not whole or len(data) != ref.part_bytes or not matches(data, ref.part_digest):
+        alike = part.content_digest() == self.manifest.parts[rank].content_digest
+        if not whole or not alike or any(chunk.file for chunk in part.chunks):
             return None
         self._ranks_in_ram.add(rank)
-        return data
+        return part
 
-    def check_size(self, rank: int) -> None:
-        """`Corrupt` unless the data file of writer `rank` is there in full length."""
-        if rank in self._ranks_in_ram or self._in_ram(rank) is not None:
+    def check_files(self, rank: int) -> None:
+        """`Corrupt` unless all that the part of writer `rank` refers to is there in full length."""
+        part = self.part(rank)
+        if rank in self._ranks_in_ram:
             return
-        name, expected = data_name(rank), self.manifest.parts[rank].data_bytes
-        try:
-            found = self.run.store.size(self.run.attempt_path(self.commit.attempt, name))
-        except NotFound:
-            raise self._damaged(name, f"this file of step {self.commit.step} is missing") from None
-        if found != expected:
-            raise self._damaged(name, f"it has {found} bytes, its MANIFEST says {expected}")
+        needed: dict[str, int] = {}
+        for chunk in part.chunks:
+            if chunk.file:
+                needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.at + chunk.stored_bytes)
+        own, expected = self.data_path(rank), self.manifest.parts[rank].data_bytes
+        if (found := self._size(own)) != expected:
+            raise self._damaged(own, f"it has {found} bytes, its MANIFEST says {expected}")
+        for file, nbytes in needed.items():
+            if (found := self._size(path := self.data_path(rank, file))) < nbytes:
+                raise self._damaged(path, f"it has {found} bytes, tensors of step {self.commit.step} need {nbytes}")
 
-    def open_data(self, rank: int) -> DataFile:
-        """The data of writer `rank`: in this node's RAM if it is there."""
+    def _size(self, path: str) -> int:
+        try:
+            return self.run.store.size(path)
+        except NotFound:
+            raise self._damaged(path, f"this file of step {self.commit.step} is missing") from None
+
+    def data_path(self, rank: int, file: str = "") -> str:
+        """Where in the store the file lies that chunks of the part of `rank` call `file`; "" is its own."""
+        attempt, _, name = file.partition("/")
+        return self.run.attempt_path(attempt or self.commit.attempt, name or self.part(rank).data_name)
+
+    def open_data(self, rank: int, file: str = "") -> DataFile:
+        """The `file` of writer `rank`: in this node's RAM if its part is there."""
         if rank in self._ranks_in_ram and self._ram is not None:
             return LocalFile(self._ram.data(self.commit.attempt, rank))
-        return open_data(self.run.store, self.run.attempt_path(self.commit.attempt, data_name(rank)))
+        return open_data(self.run.store, self.data_path(rank, file))
 
     @property
     def threads(self) -> int:
@@ -391,7 +418,7 @@ def _plan_reads(
     manifest = reader.manifest
     ranks = needed_parts(manifest.world, manifest.ownership, targets)
     for rank in sorted(ranks):
-        reader.check_size(rank)
+        reader.check_files(rank)
     plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in sorted(ranks)})
     return plan, [tensor for _, tensor in found]
 

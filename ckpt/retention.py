@@ -72,17 +72,15 @@ class Plan:
 def plan_retention(view: View, keep: Keep | None, present: Iterable[str] = (), in_flight: Collection[str] = ()) -> Plan:
     """What leaves under `keep` (None: nothing), and what was asked to be deleted.
 
-    `present`: attempts that have a directory; those `in_flight` are left alone.
+    `present`: attempts that have a directory; those `in_flight`, and those that these refer to, are left alone.
     """
     lineage = view.standing()
     if not lineage:
         return Plan({}, (), ())
-    head, asked = lineage[-1], view.asked_to_delete()
-    kept = {name: reason for name, reason in _kept_by_rule(view, lineage, keep).items() if name not in asked}
-    kept.setdefault(head.attempt, "the newest step")
-    if view.holder is not None and view.holder.base is not None:
-        kept.setdefault(view.holder.base, "the step that this generation went on from")
-    kept.update({pin.attempt: f"pinned as {name}" for name, pin in view.pins.items()})
+    head, kept = lineage[-1], kept_for_itself(view, keep)
+    for name in in_flight:
+        kept.setdefault(name, "a step that is being saved refers to it")
+    _keep_sources(view, kept)
     standing = [*lineage, *view.standing_outside()]
     leaving = [commit for commit in standing if commit.attempt not in kept]
     abandoned = [
@@ -97,6 +95,27 @@ def plan_retention(view: View, keep: Keep | None, present: Iterable[str] = (), i
         tuple(sorted(leaving, key=lambda commit: (commit.step, commit.attempt))),
         tuple(sorted(abandoned)),
     )
+
+
+def kept_for_itself(view: View, keep: Keep | None) -> dict[str, str]:
+    """Why each attempt that stays does, but for those that stay because others refer to them. There is a head."""
+    lineage, asked = view.standing(), view.asked_to_delete()
+    kept = {name: reason for name, reason in _kept_by_rule(view, lineage, keep).items() if name not in asked}
+    kept.setdefault(lineage[-1].attempt, "the newest step")
+    if view.holder is not None and view.holder.base is not None:
+        kept.setdefault(view.holder.base, "the step that this generation went on from")
+    return kept | {pin.attempt: f"pinned as {name}" for name, pin in view.pins.items()}
+
+
+def _keep_sources(view: View, kept: dict[str, str]) -> None:
+    """What stays needs the attempts in whose files its tensors lie, and these theirs, so that each can be restored."""
+    waiting = [name for name in kept if name in view.commits]
+    while waiting:
+        commit = view.commits[waiting.pop()]
+        for source in commit.sources:
+            if source not in kept:
+                kept[source] = f"tensors of step {commit.step} lie in it"
+                waiting.append(source)
 
 
 def decide_delete(view: View, *, nonce: str, attempt: str) -> Request:

@@ -71,6 +71,7 @@ class Options:
     timeout_s: float = 600
     reporters: Sequence[Reporter] = ()
     keep: Keep | None = None
+    compression: str = ""
 
 
 class _Began(msgspec.Struct, frozen=True, array_like=True):
@@ -262,7 +263,7 @@ class Saver:
         return Order(
             job=job,
             rank=self._ranks.rank,
-            data_bytes=layout.plan.data_bytes,
+            data_bytes=layout.plan.file.data_bytes,
             slots=layout.slots,
             runs=copy_plan.places,
             values={name: collected.values[name] for name in layout.plan.values},
@@ -274,6 +275,7 @@ class Saver:
             coordinator=nodes.coordinator,
             token=nodes.token,
             summary=Summary(OWNERSHIP, request.metrics, self._options.keep) if self._ranks.rank == 0 else None,
+            compression=self._options.compression,
         )
 
     def _handle_of(self, save: _Save) -> SaveHandle:
@@ -345,7 +347,7 @@ class Saver:
             budget = int(room * SHARE_OF_FREE_MEMORY) if budget is None else min(budget, room)
         except OSError as error:
             raise SaveFailed(f"CKPT_RAM_DIR: {root}: {error.strerror}. Point it to a tmpfs directory.") from error
-        held = snapshots_that_fit(plan.data_bytes, budget // local_world, SNAPSHOTS_LIMIT)
+        held = snapshots_that_fit(plan.file.data_bytes, budget // local_world, SNAPSHOTS_LIMIT)
         ahead = held if self._options.newest_only else min(held, 2)
         threads = max(1, min(COPY_THREADS_LIMIT, (os.cpu_count() or 1) // local_world))
         if not held:
@@ -353,9 +355,9 @@ class Saver:
                 "rank %d: %d bytes of memory are not enough for a snapshot of %d bytes on each of %d ranks: saves "
                 "stream through a small ring instead, and nothing survives there. Raise ram_budget_bytes, or give "
                 "CKPT_RAM_DIR a larger tmpfs.",
-                self._ranks.rank, budget, plan.data_bytes, local_world,
+                self._ranks.rank, budget, plan.file.data_bytes, local_world,
             )  # fmt: skip
-        self._stage.prepare(plan.data_bytes, held, ahead, threads)
+        self._stage.prepare(plan.file.data_bytes, held, ahead, threads)
 
     def _find_nodes(self) -> _Nodes:
         """Who shares this node; where there are several nodes, rank 0's keeper lets the others in."""
@@ -453,14 +455,13 @@ class Saver:
         assert outcome is not None
         assert outcome.commit is not None
         skipped, self._skipped_before = self.skipped - self._skipped_before, self.skipped
-        here = pending.order.data_bytes * pending.order.local_world  # about what this node wrote
         return SaveFigures(
             step=save.step,
             nbytes=outcome.commit.nbytes,
             blocked_s=save.blocked_s,
             copied_s=pending.copied_at - save.called,
             durable_s=pending.resolved_at - save.called,
-            written_bytes_per_s=here / outcome.stored_s if outcome.stored_s else 0.0,
+            written_bytes_per_s=outcome.stored_bytes / outcome.stored_s if outcome.stored_s else 0.0,
             limit_bytes_per_s=outcome.limit_bytes_per_s or None,
             skipped=skipped,
             in_flight=sum(other.pending.outcome is None for other in self._handles),

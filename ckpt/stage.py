@@ -185,10 +185,10 @@ class CopyPlan:
 
 def plan_copy(plan: SavePlan, overlapped: frozenset[str]) -> CopyPlan:
     """The header, then all runs that hold anything but tensors of `overlapped`, then the rest in file order."""
-    header = [Run(at, min(RUN_BYTES, len(plan.header) - at), ()) for at in range(0, len(plan.header), RUN_BYTES)]
     keys = [chunk.owned.key for chunk in plan.chunks]
-    later = [run for run in plan.runs if all(keys[piece[0]] in overlapped for piece in run.pieces)]
-    now = [*header, *(run for run in plan.runs if any(keys[piece[0]] not in overlapped for piece in run.pieces))]
+    later = [run for run in plan.file.runs if all(keys[piece[0]] in overlapped for piece in run.pieces)]
+    first = [run for run in plan.file.runs if any(keys[piece[0]] not in overlapped for piece in run.pieces)]
+    now = [*plan.file.header_runs, *first]
     return CopyPlan(plan, (*now, *later), len(now))
 
 
@@ -200,7 +200,7 @@ class Copy:
     ) -> None:
         self._plan, self._memory, self._pending, self._ready = plan, memory, pending, ready
         self._sources = [Source(chunk, tensor) for chunk, tensor in zip(plan.plan.chunks, tensors, strict=True)]
-        self._header = torch.frombuffer(bytearray(plan.plan.header), dtype=torch.uint8)
+        self._header = torch.frombuffer(bytearray(plan.plan.file.header), dtype=torch.uint8)
         self._devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
         self._lock = threading.Lock()
         self._next, self._prefix, self._early = 0, 0, set[int]()

@@ -73,8 +73,8 @@ class DataWriter(Protocol):
         From any thread; each byte once.
         """
 
-    def finish(self) -> None:
-        """Return once the file is there, whole and durable."""
+    def finish(self, nbytes: int | None = None) -> None:
+        """Return once the file is there, whole and durable; with `nbytes`, less than was announced."""
 
     def abandon(self) -> None:
         """End the work on it; what is there of it is never read. Does not raise."""
@@ -138,7 +138,7 @@ class Store(Protocol):
         """Make the names in a directory durable, whoever made them."""
 
     def write_data(self, path: str, nbytes: int) -> DataWriter:
-        """Begin a file of `nbytes`, in place of what stands there; missing parents are made.
+        """Begin a file of `nbytes`, or of fewer, in place of what stands there; missing parents are made.
 
         Only for names that are one's own. Durable once `finish` has returned.
         """

@@ -7,12 +7,14 @@ Prints every tensor of the newest step with its dtype, shape and sum. What it re
 
 import hashlib
 import json
+import struct
 import sys
 from pathlib import Path
 
 import msgspec
 import torch
 import xxhash
+import zstandard
 
 BLOCK = 256 * 1024
 
@@ -50,13 +52,35 @@ def read_frame(path: Path, magic: bytes, nbytes: int, expected_digest: str) -> d
     return msgspec.msgpack.decode(data[16:-16])
 
 
-def read_chunk(file: Path, chunk: list) -> torch.Tensor:
-    _, _, shape, dtype, _, at, nbytes, codec, digests = chunk
-    assert codec == "raw"
+def own_file(rank: int, chunks: list) -> str:
+    return f"r{rank:05d}.{'packed' if any(c[7] == 'zstd' and not c[4] for c in chunks) else 'safetensors'}"
+
+
+def unpack(data: bytes, frames: bytes, count: int, itemsize: int) -> bytes:
+    """The blocks of a chunk: of each, the sizes of its planes, then the planes, first bytes of all elements first."""
+    raw, at, per_block = bytearray(), 0, BLOCK // itemsize
+    for number, (size,) in enumerate(struct.iter_unpack("<I", frames)):
+        elements = min(per_block, count - number * per_block)
+        block, plane_at = bytearray(elements * itemsize), at + 4 * itemsize
+        for i, (stored,) in enumerate(struct.iter_unpack("<I", data[at:plane_at])):
+            plane = data[plane_at : plane_at + stored]
+            whole = stored == elements
+            block[i::itemsize] = plane if whole else zstandard.decompress(plane, max_output_size=elements)
+            plane_at += stored
+        raw += block
+        at += size
+    return bytes(raw)
+
+
+def read_chunk(step: Path, rank: int, chunk: list) -> torch.Tensor:
+    _, _, shape, dtype, elsewhere, at, nbytes, codec, digests, frames = chunk
+    file = step.parent / elsewhere if elsewhere else step / own_file(rank, [chunk])
     with file.open("rb") as opened:
         opened.seek(at)
         data = opened.read(nbytes)
-    starts = range(0, nbytes, BLOCK)
+    if codec == "zstd":
+        data = unpack(data, frames, torch.Size(shape).numel(), getattr(torch, dtype).itemsize)
+    starts = range(0, len(data), BLOCK)
     each = len(digests) // len(starts)
     assert b"".join(digest(data[i : i + BLOCK], each) for i in starts) == digests, f"{file} is damaged"
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
@@ -70,13 +94,14 @@ def read_step(run: Path, commit: dict) -> dict[str, torch.Tensor]:
     for layout in manifest["world"]["layouts"]:
         for key, dtype, shape, _, _ in layout["tensors"]:
             tensors.setdefault(key, torch.zeros(shape, dtype=getattr(torch, dtype)))
-    for rank, (nbytes, part_digest, data_bytes) in enumerate(manifest["parts"]):
-        assert (step / f"r{rank:05d}.safetensors").stat().st_size == data_bytes, f"a data file of {step} is cut"
+    for rank, (nbytes, part_digest, data_bytes, _) in enumerate(manifest["parts"]):
         part = read_frame(step / f"r{rank:05d}.part", b"HFpart_\x01", nbytes, part_digest.hex())
+        own = step / own_file(rank, part["chunks"])
+        assert own.stat().st_size == data_bytes, f"{own} is cut"
         for chunk in part["chunks"]:
             key, offset, shape = chunk[:3]
             box = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-            tensors[key][box] = read_chunk(step / f"r{rank:05d}.safetensors", chunk)
+            tensors[key][box] = read_chunk(step, rank, chunk)
     for layout in manifest["world"]["layouts"]:
         tensors.update({alias: tensors[key] for alias, key in layout["aliases"]})
     return tensors

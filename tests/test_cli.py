@@ -31,7 +31,7 @@ from ckpt.run import RunDirectory
 
 ROOT = Path(__file__).parent.parent
 STEP_FIELDS = {"step", "generation", "attempt", "parent", "unix_s", "nbytes", "world"}
-STEP_FIELDS |= {"content_digest", "metrics", "pins"}
+STEP_FIELDS |= {"content_digest", "sources", "metrics", "pins"}
 Damage = Callable[[Path], object]
 Main = Callable[..., tuple[int, str, str]]
 

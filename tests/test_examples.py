@@ -10,7 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import torch
+
 import ckpt
+from ckpt.run import RunDirectory
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -49,6 +52,18 @@ def test_a_page_without_the_library_reads_the_format() -> None:
     assert set(shown) == set(loaded)
     assert shown["uneven"].endswith("torch.float32  [7, 5]  sum 595")
     assert shown["declared"].endswith("torch.int64  [8]  sum 28")
+
+
+def test_the_page_reads_what_is_packed_and_what_is_stored_elsewhere(tmp_path: Path) -> None:
+    state = {"base": torch.randn(200_000), "live": torch.randn(70_000).bfloat16(), "n": 0}
+    with ckpt.Checkpointer(tmp_path, compression="zstd") as checkpointer:
+        for step in range(1, 5):
+            state["live"] += 1
+            checkpointer.save(step, state, blocking=True)
+    assert RunDirectory.open(tmp_path).log.read().standing()[-1].sources
+    printed = dict(line.split("  ", 1) for line in _run("read_format.py", str(tmp_path)).splitlines()[1:])
+    for name in ("base", "live"):
+        assert printed[name].endswith(f"sum {state[name].to(torch.complex128).sum().real:.6g}")
 
 
 def test_the_program_of_the_readme_runs_goes_on_and_takes_other_ranks(tmp_path: Path) -> None:

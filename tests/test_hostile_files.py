@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from keepers import forget
 from msgspec.structs import replace as changed
 from states import bits
 
@@ -39,11 +40,13 @@ def forge(
     with Checkpointer(path) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, state(float(step)), blocking=True)
+    forget()  # a whole copy in RAM would be restored, and rightly
     attempt, slot = max((path / "steps").iterdir()), max((path / "log").iterdir())
-    part_data = encode_part(part(decode_part((attempt / "r00000.part").read_bytes(), "")))
+    forged = part(decode_part((attempt / "r00000.part").read_bytes(), ""))
+    part_data, content = encode_part(forged), forged.content_digest()
     (attempt / "r00000.part").write_bytes(part_data)
     found: Manifest = decode_manifest((attempt / "MANIFEST").read_bytes(), "")
-    ref = changed(found.parts[0], part_bytes=len(part_data), part_digest=digest(part_data))
+    ref = changed(found.parts[0], part_bytes=len(part_data), part_digest=digest(part_data), content_digest=content)
     manifest_data = encode_manifest(manifest(changed(found, parts=(ref,))))
     (attempt / "MANIFEST").write_bytes(manifest_data)
     commit = decode_record(slot.read_bytes())
@@ -96,7 +99,12 @@ PARTS: dict[str, tuple[Change, str]] = {
     "too few digests": (chunks(lambda c: [changed(c[0], digests=b""), c[1]]), "digests"),
     "a file elsewhere": (chunks(lambda c: [changed(c[0], file="../../../etc/passwd"), c[1]]), "etc/passwd"),
     "an absolute file": (chunks(lambda c: [changed(c[0], file="/etc/passwd"), c[1]]), "etc/passwd"),
+    "a file of an attempt that the manifest does not name": (
+        chunks(lambda c: [changed(c[0], file="000000001.aaaa/r00000.safetensors"), c[1]]),
+        "does not name",
+    ),
     "the part of another attempt": (lambda p: changed(p, attempt="000000001.aaaa"), "another attempt"),
+    "another size of the data file": (lambda p: changed(p, data_bytes=p.data_bytes + 4096), "the MANIFEST says"),
     "the part of another rank": (lambda p: changed(p, rank=3), "another attempt or rank|rank 3"),
     "a missing value": (lambda p: changed(p, values={}), "lacks the value '?n"),
 }

@@ -51,10 +51,10 @@ def raw_chunks(world: World, rank: int, plan: SavePlan) -> list[bytes]:
 
 def write(world: World, rank: int, plan: SavePlan) -> bytes:
     """The data file, by its header and runs; every byte of it is written once."""
-    data = bytearray(plan.header.ljust(plan.data_bytes, b"\xff"))
+    data = bytearray(plan.file.header.ljust(plan.file.data_bytes, b"\xff"))
     raw = raw_chunks(world, rank, plan)
-    written = len(plan.header)
-    for run in sorted(plan.runs, key=lambda run: run.at):
+    written = len(plan.file.header)
+    for run in sorted(plan.file.runs, key=lambda run: run.at):
         assert run.at == written, "a hole or an overlap between runs"
         memory = bytearray(run.nbytes)
         end = 0
@@ -65,7 +65,7 @@ def write(world: World, rank: int, plan: SavePlan) -> bytes:
         assert end <= run.nbytes
         data[run.at : run.at + run.nbytes] = memory
         written += run.nbytes
-    assert written == plan.data_bytes == len(data)
+    assert written == plan.file.data_bytes == len(data)
     return bytes(data)
 
 
@@ -97,8 +97,8 @@ def test_runs_and_chunks_of_a_save_are_consistent(world: World) -> None:
     for rank in range(world.size):
         plan = plan_save(world, rank)
         data = write(world, rank, plan)
-        assert len(plan.header) % ALIGN_BYTES == plan.data_bytes % ALIGN_BYTES == 0
-        for run in plan.runs:
+        assert len(plan.file.header) % ALIGN_BYTES == plan.file.data_bytes % ALIGN_BYTES == 0
+        for run in plan.file.runs:
             assert run.at % ALIGN_BYTES == run.nbytes % ALIGN_BYTES == 0
             assert run.nbytes <= RUN_BYTES
             assert all(start % BLOCK_BYTES == 0 for _, start, _, _ in run.pieces), "a run begins inside a block"
@@ -116,10 +116,10 @@ def test_many_small_tensors_share_runs_and_a_large_one_is_cut_into_runs() -> Non
     world = ddp({**specs, "large": TensorSpec("int32", (3 << 20,))}, 1)
     plan = plan_save(world, 0)
     write(world, 0, plan)
-    assert [len(run.pieces) for run in plan.runs[:3]] == [1, 1, 1]
-    assert [len(run.pieces) for run in plan.runs[3:]] == [69, 69, 62]
-    assert all(run.at % ALIGN_BYTES == run.nbytes % ALIGN_BYTES == 0 for run in plan.runs)
-    assert all(run.nbytes <= RUN_BYTES for run in plan.runs)
+    assert [len(run.pieces) for run in plan.file.runs[:3]] == [1, 1, 1]
+    assert [len(run.pieces) for run in plan.file.runs[3:]] == [69, 69, 62]
+    assert all(run.at % ALIGN_BYTES == run.nbytes % ALIGN_BYTES == 0 for run in plan.file.runs)
+    assert all(run.nbytes <= RUN_BYTES for run in plan.file.runs)
 
 
 @given(any_world())
@@ -149,7 +149,7 @@ def test_safetensors_opens_every_dtype(dtype: str, tmp_path: Path) -> None:
     world = ddp({"a": TensorSpec(dtype, (3, 5)), "b": TensorSpec(dtype, ())}, 1)
     plan = plan_save(world, 0)
     path = tmp_path / "data.safetensors"
-    path.write_bytes(plan.header.ljust(plan.data_bytes, b"\0"))
+    path.write_bytes(plan.file.header.ljust(plan.file.data_bytes, b"\0"))
     with safe_open(path, framework="pt") as file:
         stored = file.get_tensor("a@0,0")
         if dtype in SAFETENSORS_DTYPE:
@@ -161,8 +161,8 @@ def test_safetensors_opens_every_dtype(dtype: str, tmp_path: Path) -> None:
 
 def test_a_rank_without_tensors_writes_a_file_that_opens(tmp_path: Path) -> None:
     plan = plan_save(ddp({}, 1), 0)
-    assert (plan.chunks, plan.runs) == ((), ())
-    (tmp_path / "data").write_bytes(plan.header)
+    assert (plan.chunks, plan.file.runs) == ((), ())
+    (tmp_path / "data").write_bytes(plan.file.header)
     with safe_open(tmp_path / "data", framework="np") as file:
         assert list(file.keys()) == []
 
@@ -170,9 +170,9 @@ def test_a_rank_without_tensors_writes_a_file_that_opens(tmp_path: Path) -> None
 def test_keys_that_look_like_ours_do_not_collide() -> None:
     specs = {key: TensorSpec("uint8", (2,)) for key in (".pad/0", "a", "a@0", "__metadata__", 'quote"\n\u00e9')}
     plan = plan_save(ddp(specs | {"a@0@0": TensorSpec("uint8", ())}, 1), 0)
-    table = json.loads(plan.header[8:])
+    table = json.loads(plan.file.header[8:])
     assert len([name for name in table if name != "__metadata__" and not name.startswith(".pad/0@")]) >= 6
-    pairs = json.loads(plan.header[8:], object_pairs_hook=lambda pairs: pairs)
+    pairs = json.loads(plan.file.header[8:], object_pairs_hook=lambda pairs: pairs)
     assert len({name for name, _ in pairs}) == len(pairs)
 
 

@@ -83,7 +83,7 @@ def everyone(stored: Stored) -> Neighbours:
 def read_all(stored: Stored, neighbours: Neighbours = ALONE, *, in_place: bool = True) -> list[torch.Tensor]:
     plan = plan_load([target(chunk, in_place=in_place) for chunk in stored.chunks], {0: stored.chunks})
     tensors = [torch.zeros(chunk.shape, dtype=torch.uint8) for chunk in stored.chunks]
-    read_data(lambda _: LocalFile(str(stored.path)), plan, tensors, neighbours)
+    read_data(lambda *_: LocalFile(str(stored.path)), plan, tensors, neighbours)
     return tensors
 
 
@@ -126,7 +126,7 @@ def test_a_part_of_a_tensor(tmp_path: Path, way: str) -> None:
     plan = plan_load([Target("t0", (Piece(box, (0, 0)),), box.shape, direct=True)], {0: stored.chunks})
     if way != "warm":
         stored.drop()
-    read_data(lambda _: LocalFile(str(stored.path)), plan, [tensor], everyone(stored) if way == "shared" else ALONE)
+    read_data(lambda *_: LocalFile(str(stored.path)), plan, [tensor], everyone(stored) if way == "shared" else ALONE)
     assert torch.equal(tensor, stored.content[0][37 : 37 + 901, 11 : 11 + 8000])
 
 
@@ -270,11 +270,11 @@ def test_few_files_are_open_at_a_time_and_none_afterwards(tmp_path: Path) -> Non
     plan, tensors, content = many_files(tmp_path, 3 * OPEN_FILES)
     seen, before = list[int](), len(os.listdir("/proc/self/fd"))
 
-    def open_part(part: int) -> LocalFile:
+    def open_file(part: int, file: str) -> LocalFile:
         seen.append(len(os.listdir("/proc/self/fd")))
         return LocalFile(str(tmp_path / "parts" / str(part)))
 
-    read_data(open_part, plan, tensors)
+    read_data(open_file, plan, tensors)
     assert same(tensors, content)
     assert len(os.listdir("/proc/self/fd")) == before
     assert max(seen) - before <= 2 * (OPEN_FILES + READ_THREADS + 1)
@@ -298,7 +298,7 @@ def test_a_cold_read_takes_a_buffer_a_thread(tmp_path: Path, in_place: bool) -> 
     stored.drop()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    read_data(lambda _: LocalFile(str(stored.path)), plan, tensors)
+    read_data(lambda *_: LocalFile(str(stored.path)), plan, tensors)
     assert _status("VmHWM") - before <= READ_THREADS * (RUN_BYTES + 3 * ALIGN_BYTES) + (8 << 20)
     assert same(tensors, stored.content)
 

@@ -24,7 +24,7 @@ from test_hostile_files import forge
 import ckpt
 from ckpt import Checkpointer, CkptError, Commit, Corrupt, Incompatible, Keep
 from ckpt.keeper.coordinator import Attempt, commit
-from ckpt.keeper.orders import Job, Sealed, Summary
+from ckpt.keeper.orders import Job, Stored, Summary
 from ckpt.layout import Layout, World
 from ckpt.manifest import PartRef, decode_manifest, decode_part, digest, encode_world
 from ckpt.records import Pin, Record, Retire, Start, decode_record, encode_record, slot_name
@@ -258,8 +258,8 @@ def test_a_keeper_without_the_key_is_found_out_before_the_commit(tmp_path: Path)
     run = RunDirectory.open(tmp_path, create=True)
     job = Job("000000001.a", 1, 0, 1, "holder", 1, 60.0, False)
     world = World((Layout((), (), (), ()),), (0,))
-    weak = Sealed(job.attempt, 0, PartRef(10, digest(b"part"), 4096), digest(b""), ())
-    attempt = Attempt(job, 0.0, True, layouts=encode_world(world), summary=Summary("", {}), sealed={0: weak})
+    weak = Stored(job.attempt, 0, PartRef(10, digest(b"part"), 4096, digest(b"")), ())
+    attempt = Attempt(job, 0.0, True, layouts=encode_world(world), summary=Summary("", {}), stored={0: weak})
     with pytest.raises(Incompatible, match=rf"{KEY_VARIABLE} is not set alike.*rank 0"):
         commit(run, attempt)
     assert run.attempts() == []

@@ -61,6 +61,7 @@ def list_steps(url: str, as_json: bool) -> None:
       STEP = {"step": int, "generation": int, "attempt": str,
               "parent": str | null, "unix_s": float, "nbytes": int,
               "world": int, "content_digest": str,
+              "sources": [attempt that holds what did not change since],
               "metrics": {str: float, or "nan", "inf", "-inf"}, "pins": [str]}
     """
     run, view = open_run(url)
@@ -87,7 +88,7 @@ def _listing(run: RunDirectory, view: View) -> Json:
 
 
 def _commit_json(commit: Commit, view: View) -> Json:
-    names = ("step", "generation", "attempt", "parent", "unix_s", "nbytes", "world", "content_digest")
+    names = ("step", "generation", "attempt", "parent", "unix_s", "nbytes", "world", "content_digest", "sources")
     metrics = {name: value if math.isfinite(value) else str(value) for name, value in commit.metrics.items()}
     pins = sorted(name for name, pin in view.pins.items() if pin.attempt == commit.attempt)
     return {**{name: getattr(commit, name) for name in names}, "metrics": metrics, "pins": pins}
@@ -219,6 +220,7 @@ def _print_step(found: Json) -> None:
         "world": count(found["world"], "rank"),
         "size": f"{size(found['nbytes'])} on disk; {count(len(found['tensors']), 'tensor')} of {size(nbytes)}",
         "content": found["content_digest"],
+        **({"unchanged in": ", ".join(found["sources"])} if found["sources"] else {}),
         "metrics": _metrics(found["metrics"]) or "none",
         **({"pinned as": plain(", ".join(found["pins"]))} if found["pins"] else {}),
     }

@@ -10,13 +10,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import msgspec
+
 from ckpt import errors
 from ckpt.errors import CkptError, Incompatible, SaveFailed
 from ckpt.holder import append_commit
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
-from ckpt.manifest import Manifest, content_digest_of, decode_world, encode_manifest
+from ckpt.log import View
+from ckpt.manifest import SOURCES_LIMIT, Manifest, content_digest_of, decode_world, encode_manifest
 from ckpt.records import Commit
+from ckpt.retention import kept_for_itself
 from ckpt.run import RunDirectory
 from ckpt.signing import KEY_VARIABLE
 from ckpt.store import OutcomeUnknown
@@ -36,7 +40,7 @@ class Attempt:
     layouts: bytes = b""
     summary: Summary | None = None
     sealed: dict[int, Sealed] = field(default_factory=dict)
-    stored: set[int] = field(default_factory=set)
+    stored: dict[int, Stored] = field(default_factory=dict)
     replicas: dict[bytes, tuple[int, tuple[str, ...], bytes]] = field(default_factory=dict)
     complete: bool = False
     persisting: bool = False
@@ -91,7 +95,7 @@ class Ledger:
         attempt = self.open.get(said.attempt)
         if attempt is None:
             return []
-        attempt.stored.add(said.rank)
+        attempt.stored.setdefault(said.rank, said)
         return self._advance()
 
     def broken(self, said: Broken) -> list[Action]:
@@ -213,8 +217,8 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
     if (known := view.commits.get(job.attempt)) is not None:
         return known
     world = world_of(attempt.layouts)
-    parts = [attempt.sealed[rank] for rank in range(job.world_size)]
-    weak = [rank for rank, part in enumerate(parts) if len(part.ref.part_digest) != len(run.digest(b""))]
+    stored = [attempt.stored[rank] for rank in range(job.world_size)]
+    weak = [rank for rank, part in enumerate(stored) if len(part.ref.part_digest) != len(run.digest(b""))]
     if weak:
         raise Incompatible(
             f"{job.attempt} was not committed: {KEY_VARIABLE} is not set alike for all keepers, the one of rank "
@@ -228,9 +232,10 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         parent=view.head.attempt if view.head else None,
         world=world,
         ownership=summary.ownership,
-        parts=tuple(part.ref for part in parts),
-        content_digest=content_digest_of(world, (part.content_digest for part in parts)),
+        parts=tuple(part.ref for part in stored),
+        content_digest=content_digest_of(world, (part.ref.content_digest for part in stored)),
         metrics=summary.metrics,
+        sources=tuple(sorted({source for part in stored for source in part.sources})),
     )
     data = encode_manifest(manifest)
     try:
@@ -241,6 +246,27 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         discard(run, job.attempt)
         raise
     return append_commit(run, manifest, data, job.generation, job.holder)
+
+
+def base_for(view: View, job: Job, summary: Summary) -> tuple[Persist, frozenset[str]]:
+    """How an attempt is brought to the store, and which attempts must stay until it is resolved.
+
+    It may refer to the head and to what that refers to. Once these are SOURCES_LIMIT, it is stored whole.
+    """
+    head = view.head
+    if head is None or len(head.sources) >= SOURCES_LIMIT:
+        return Persist(job.attempt), frozenset()
+    held = frozenset((head.attempt, *head.sources))
+    following = msgspec.structs.replace(
+        head,
+        generation=job.generation,
+        attempt=job.attempt,
+        step=job.step,
+        parent=head.attempt,
+        metrics=summary.metrics,
+    )
+    staying = kept_for_itself(view.after(following), summary.keep)
+    return Persist(job.attempt, head.attempt, held & frozenset(staying)), held
 
 
 def discard(run: RunDirectory, attempt: str) -> None:

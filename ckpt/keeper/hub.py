@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt.errors import CkptError
 from ckpt.holder import apply_retention
-from ckpt.keeper.coordinator import Action, Attempt, Commits, Ledger, commit, discard, failure
+from ckpt.keeper.coordinator import Action, Attempt, Commits, Ledger, base_for, commit, discard, failure
 from ckpt.keeper.orders import (
     Broken,
     FromCoordinator,
@@ -19,6 +19,7 @@ from ckpt.keeper.orders import (
     Joined,
     Ordered,
     Outcome,
+    Persist,
     Sealed,
     Stored,
     ToCoordinator,
@@ -43,6 +44,7 @@ class Hub:
         self._outboxes: dict[str, Outbox] = {}
         self._server: Server | None = None
         self._log_lock = asyncio.Lock()
+        self._bases: dict[str, tuple[Persist, frozenset[str]]] = {}  # by attempt that is being stored
         self._tasks: set[asyncio.Task[None]] = set()
 
     def tell(self, message: ToCoordinator) -> None:
@@ -66,10 +68,22 @@ class Hub:
         for action in actions:
             if isinstance(action, Commits):
                 self._spawn(self._commit(action.attempt))
+            elif isinstance(action, Persist):
+                self._tell_all(self._persist(action))
             else:
                 self._tell_all(action)
                 if isinstance(action, Outcome) and action.kind not in ("", "Fenced"):
                     self._spawn(self._discard(action.attempt))
+
+    def _persist(self, plain: Persist) -> Persist:
+        """What to say for it: the same whenever it is said, and what it refers to stays until it is resolved."""
+        attempt = self.ledger.open.get(plain.attempt)
+        if attempt is None or attempt.summary is None:
+            return plain
+        self._bases = {name: chosen for name, chosen in self._bases.items() if name in self.ledger.open}
+        if plain.attempt not in self._bases:
+            self._bases[plain.attempt] = base_for(self._run.log.view, attempt.job, attempt.summary)
+        return self._bases[plain.attempt][0]
 
     def _tell_all(self, message: FromCoordinator) -> None:
         for outbox in list(self._outboxes.values()):
@@ -95,7 +109,8 @@ class Hub:
         try:
             async with self._log_lock:
                 open_ones = set(self.ledger.open)
-                await asyncio.to_thread(apply_retention, self._run, keep, job.generation, job.holder, open_ones)
+                held = open_ones.union(*(held for name, (_, held) in self._bases.items() if name in open_ones))
+                await asyncio.to_thread(apply_retention, self._run, keep, job.generation, job.holder, held)
         except Exception as error:
             log.warning("nothing was deleted after step %d: %s", job.step, error)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -37,19 +37,24 @@ from ckpt.keeper.orders import (
     ToCoordinator,
     ToWorker,
 )
-from ckpt.keeper.persist import Copying, Digests, Maps, Memory, part_of, take_in
+from ckpt.keeper.packer import Packer, most_bytes
+from ckpt.keeper.persist import Copying, Digests, Maps, Memory, Regrouped, part_of, sample, take_in
 from ckpt.keeper.ram import RamTier
+from ckpt.keeper.stock import Stock, without
 from ckpt.layout import owned_by
-from ckpt.manifest import data_name, digest, matches, part_name
+from ckpt.manifest import PACKED, Chunk, Part, PartRef, data_name, decode_part, digest, encode_part, part_name
+from ckpt.packing import measure, pays
 from ckpt.run import RunDirectory
 from ckpt.store import REQUESTS, DataWriter
 
 log = logging.getLogger("ckpt.keeper")
 
 T = TypeVar("T")
+_Written: TypeAlias = tuple[tuple[Chunk, ...], int]  # the chunks of a data file, and its bytes
 
 THREADS_LIMIT = 64
 IO_THREADS = 4  # for all ranks of the node together; two writers reach the limit of one disk
+PACKING_SAMPLE_BYTES = 1 << 20
 OUTCOMES_LIMIT = 64  # outcomes kept for workers that ask again
 
 
@@ -79,12 +84,15 @@ class Snapshot:
     deadline: float
     copied: asyncio.Event = field(default_factory=asyncio.Event)
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    wants: Persist | None = None  # set with `wanted`, unless the attempt ended first
     replicas: tuple[tuple[bytes, tuple[str, ...], bytes], ...] = ()
+    part: Part | None = None  # of the copy in RAM, once it is sealed
     sealed: Sealed | None = None
-    stored: bool = False
+    stored: Stored | None = None
     ended: bool = False
     task: asyncio.Task[None] | None = None
     writing_s: float = 0.0
+    written_bytes: int = 0
 
     @property
     def attempt(self) -> str:
@@ -107,6 +115,8 @@ class Node:
         self._made_in: dict[str, int] = {}  # generation of each attempt in RAM
         self._checked: set[bytes] = set()
         self._maps = Maps()
+        self._stock = Stock()
+        self._stores_per_s = 0.0  # bytes, by the last save that was not packed; 0: not known
         self._resolving: set[asyncio.Task[None]] = set()
         self._pool = ThreadPoolExecutor(THREADS_LIMIT, thread_name_prefix="keeper")
 
@@ -201,6 +211,7 @@ class Node:
         mine = [snapshot for snapshot in self.open.values() if snapshot.attempt == message.attempt]
         if isinstance(message, Persist):
             for snapshot in mine:
+                snapshot.wants = snapshot.wants or message
                 snapshot.wanted.set()
         elif isinstance(message, Complete):
             self._on_complete(message, mine)
@@ -233,7 +244,7 @@ class Node:
 
     async def _resolve(self, outcome: Outcome, mine: list[Snapshot]) -> None:
         """End the work on an attempt, keep it in RAM if it was committed, and tell its workers."""
-        cut_short = any(snapshot.wanted.is_set() and not snapshot.stored for snapshot in mine)
+        cut_short = any(snapshot.wants is not None and snapshot.stored is None for snapshot in mine)
         for snapshot in mine:
             snapshot.copying.give_up(outcome.message or "a newer step took its place")
             snapshot.wanted.set()
@@ -243,10 +254,12 @@ class Node:
         if cut_short and outcome.kind not in ("", "Fenced"):  # it was written to after the coordinator removed it
             await self._thread(discard, self._run, outcome.attempt)
         seconds = max((snapshot.writing_s for snapshot in mine), default=0.0)
+        written = sum(snapshot.written_bytes for snapshot in mine)
         if outcome.commit is not None and seconds:
-            rate = sum(snapshot.order.data_bytes for snapshot in mine) / seconds
-            self.limit_bytes_per_s = max(self.limit_bytes_per_s, rate)
-        said = msgspec.structs.replace(outcome, stored_s=seconds, limit_bytes_per_s=self.limit_bytes_per_s)
+            self.limit_bytes_per_s = max(self.limit_bytes_per_s, written / seconds)
+        said = msgspec.structs.replace(
+            outcome, stored_s=seconds, stored_bytes=written, limit_bytes_per_s=self.limit_bytes_per_s
+        )
         self._outcomes[outcome.attempt] = said
         while len(self._outcomes) > OUTCOMES_LIMIT:
             del self._outcomes[next(iter(self._outcomes))]
@@ -275,44 +288,105 @@ class Node:
     async def _care_for(self, snapshot: Snapshot) -> None:
         try:
             await _first_of(snapshot.wanted, snapshot.copied)
-            if not snapshot.wanted.is_set() and snapshot.sealed is None:
-                self._seal(snapshot, await self._take_in(snapshot, None))
+            if not snapshot.wanted.is_set() and snapshot.part is None:
+                await self._seal_copy(snapshot)
             await snapshot.wanted.wait()
-            if not snapshot.ended:
+            if not snapshot.ended and snapshot.stored is None:
                 await self._store(snapshot)
         except Exception as error:
             if not snapshot.ended:
                 snapshot.link.tell(_broken(snapshot.attempt, snapshot.rank, error))
 
     async def _store(self, snapshot: Snapshot) -> None:
-        store, attempt = self._run.store, snapshot.attempt
+        """Bring a snapshot to the store: what is not there yet, and the part."""
+        assert snapshot.wants is not None
         await self._thread(self._run.check_unchanged)
-        path = self._run.attempt_path(attempt, data_name(snapshot.rank))
-        began = time.monotonic()
-        into = await self._thread(store.write_data, path, snapshot.order.data_bytes)
-        digests = await self._take_in(snapshot, into)
-        snapshot.writing_s = time.monotonic() - began
+        if snapshot.part is None and not snapshot.order.ring and self._stock.is_worth_it(snapshot.wants, snapshot.rank):
+            await self._seal_copy(snapshot)
+        sealed = snapshot.part
+        there = self._stock.in_store(snapshot.wants, sealed.chunks) if sealed is not None else {}
+        chunks, data_bytes = await self._write(snapshot, there)
         await snapshot.copied.wait()
         if snapshot.ended:
             return
-        before = snapshot.sealed
-        part = self._seal(snapshot, digests)
-        if before is not None and before != snapshot.sealed:
+        part = part_of(snapshot.order, chunks, data_bytes)
+        if sealed is None:
+            self._seal(snapshot, part)
+        elif part.content_digest() != sealed.content_digest():
             raise Corrupt(f"the copy of {snapshot.attempt} in RAM changed after it was sealed: is its memory sound?")
-        await self._thread(store.put, self._run.attempt_path(attempt, part_name(snapshot.rank)), part)
-        snapshot.stored = True
-        snapshot.link.tell(Stored(snapshot.attempt, snapshot.rank))
+        await self._put(snapshot, part)
 
-    async def _take_in(self, snapshot: Snapshot, into: DataWriter | None) -> Digests:
+    async def _write(self, snapshot: Snapshot, there: dict[int, Chunk]) -> tuple[tuple[Chunk, ...], int]:
+        """Write the data file without the chunks that are `there`; all chunks as they lie then, and its bytes."""
+        packs = await self._thread(self._packs, snapshot)
+        path = self._run.attempt_path(snapshot.attempt, data_name(snapshot.rank, packs))
+        began = time.monotonic()
+        write = self._write_packed if packs else self._write_changed if there else self._write_whole
+        chunks, data_bytes = await write(snapshot, path, there)
+        seconds = time.monotonic() - began
+        snapshot.writing_s, snapshot.written_bytes = seconds, data_bytes
+        if not packs and data_bytes > PACKING_SAMPLE_BYTES:
+            self._stores_per_s = data_bytes * snapshot.order.local_world / max(seconds, 1e-9)
+        if there:
+            new = iter(chunks)
+            chunks = tuple(there.get(index) or next(new) for index in range(len(snapshot.order.slots)))
+        return chunks, data_bytes
+
+    async def _write_whole(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
+        order = snapshot.order
+        into = await self._thread(self._run.store.write_data, path, order.data_bytes)
+        digests = await self._take_in(snapshot, order, snapshot.memory, into)
+        return digests.chunks(order), order.data_bytes
+
+    async def _write_changed(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
+        order, file = without(snapshot.order, there)
+        places = [slot.at for index, slot in enumerate(snapshot.order.slots) if index not in there]
+        snapshot.copying = Copying(len(order.runs))
+        snapshot.copying.advance(len(order.runs))
+        into = await self._thread(self._run.store.write_data, path, order.data_bytes)
+        digests = await self._take_in(snapshot, order, Regrouped(snapshot.memory, file, places), into)
+        return digests.chunks(order), order.data_bytes
+
+    async def _write_packed(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
+        order, copying = snapshot.order, snapshot.copying
+        into = await self._thread(self._run.store.write_data, path, most_bytes(order))
+        packer = Packer(order, into, there, lambda: copying.gave_up, snapshot.deadline)
+        digests = await self._take_in(snapshot, order, snapshot.memory, packer)
+        return packer.chunks(digests.chunks(order)), packer.data_bytes
+
+    def _packs(self, snapshot: Snapshot) -> bool:
+        """Whether the data file is stored packed; for "auto", a sample of what is copied says whether it pays."""
+        order = snapshot.order
+        if order.compression != "auto":
+            return order.compression == PACKED
+        last = (min(order.ring, len(order.runs)) if order.ring else len(order.runs)) - 1
+        snapshot.copying.wait_for(last, snapshot.deadline)
+        rate, ratio = measure(sample(order, snapshot.memory, last, PACKING_SAMPLE_BYTES))
+        return pays(ratio, rate * min(IO_THREADS, os.cpu_count() or 1), self._stores_per_s)
+
+    async def _put(self, snapshot: Snapshot, part: Part) -> None:
+        """Write the part; from here on this rank's share of the attempt stands in the store, and is not touched."""
+        data, attempt, rank = encode_part(part), snapshot.attempt, snapshot.rank
+        await self._thread(self._run.store.put, self._run.attempt_path(attempt, part_name(rank)), data)
+        ref = PartRef(len(data), self._run.digest(data), part.data_bytes, part.content_digest())
+        sources = tuple(sorted({chunk.source for chunk in part.chunks if chunk.file}))
+        snapshot.stored = Stored(attempt, rank, ref, sources)
+        if not snapshot.order.ring:
+            self._ram.write(self._ram.beside(attempt, rank, "stored"), msgspec.msgpack.encode(snapshot.stored))
+        self._stock.add(part)
+        snapshot.link.tell(snapshot.stored)
+
+    async def _take_in(
+        self, snapshot: Snapshot, order: Order, memory: Memory | Regrouped, into: DataWriter | None
+    ) -> Digests:
         loop = asyncio.get_running_loop()
 
         def freed(runs: int) -> None:
-            if snapshot.order.ring:
+            if order.ring:
                 loop.call_soon_threadsafe(self._tell_freed, snapshot, runs)
 
-        run_digest = self._run.digest
-        threads = max(1, (REQUESTS if into is not None and into.in_order else IO_THREADS) // snapshot.order.local_world)
-        order, memory, copying = snapshot.order, snapshot.memory, snapshot.copying
+        copying, run_digest = snapshot.copying, self._run.digest
+        threads = max(1, (REQUESTS if into is not None and into.in_order else IO_THREADS) // order.local_world)
         return await self._thread(
             lambda: take_in(
                 order, memory, copying, into, run_digest, threads=threads, deadline=snapshot.deadline, freed=freed
@@ -323,16 +397,21 @@ class Node:
         if snapshot.worker is not None:
             snapshot.worker.tell(Freed(snapshot.attempt, snapshot.rank, runs))
 
-    def _seal(self, snapshot: Snapshot, digests: Digests) -> bytes:
+    async def _seal_copy(self, snapshot: Snapshot) -> None:
+        """Digest what is copied, and seal it."""
+        chunks = (await self._take_in(snapshot, snapshot.order, snapshot.memory, None)).chunks(snapshot.order)
+        await snapshot.copied.wait()
+        if not snapshot.ended:
+            self._seal(snapshot, part_of(snapshot.order, chunks, snapshot.order.data_bytes))
+
+    def _seal(self, snapshot: Snapshot, part: Part) -> None:
         """Write down what is known of a copied snapshot; from here on it can be stored without its worker."""
-        part, data, ref = part_of(snapshot.order, digests)
         attempt, rank = snapshot.attempt, snapshot.rank
-        snapshot.sealed = Sealed(attempt, rank, ref, part.content_digest(), snapshot.replicas)
+        snapshot.part, snapshot.sealed = part, Sealed(attempt, rank, part.content_digest(), snapshot.replicas)
         if not snapshot.order.ring:
-            self._ram.write(self._ram.beside(attempt, rank, "part"), data)
+            self._ram.write(self._ram.beside(attempt, rank, "part"), encode_part(part))
             self._ram.write(self._ram.beside(attempt, rank, "sealed"), msgspec.msgpack.encode(snapshot.sealed))
         snapshot.link.tell(snapshot.sealed)
-        return data
 
     async def _thread(self, act: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, act, *args)
@@ -346,34 +425,39 @@ class Node:
                 try:
                     order = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "order")), type=Order)
                     sealed = msgspec.msgpack.decode(_read(self._ram.beside(attempt, rank, "sealed")), type=Sealed)
-                    part = _read(self._ram.beside(attempt, rank, "part"))
-                    if not matches(part, sealed.ref.part_digest) or (order.job.attempt, order.rank) != (attempt, rank):
+                    part = decode_part(_read(self._ram.beside(attempt, rank, "part")), f"part {rank} of {attempt}")
+                    ordered, content = (order.job.attempt, order.rank), part.content_digest()
+                    if ordered != (attempt, rank) or sealed.content_digest != content:
                         raise Corrupt(f"the part of {attempt} in RAM is not the one that was sealed")
-                    self._adopt(order, sealed, link_to(order))
+                    self._adopt(order, part, sealed, link_to(order))
                 except (CkptError, OSError, ValueError, msgspec.MsgspecError) as error:
                     log.warning("a snapshot of %s in RAM cannot be used: %s", attempt, error)
                     self._ram.drop(attempt, rank)
 
-    def _adopt(self, order: Order, sealed: Sealed, link: Link) -> None:
+    def _adopt(self, order: Order, part: Part, sealed: Sealed, link: Link) -> None:
         snapshot = self._admit(order, None, None, link)
-        snapshot.replicas, snapshot.sealed = sealed.replicas, sealed
+        snapshot.replicas, snapshot.part, snapshot.sealed = sealed.replicas, part, sealed
+        if os.path.exists(stored := self._ram.beside(snapshot.attempt, snapshot.rank, "stored")):
+            snapshot.stored = msgspec.msgpack.decode(_read(stored), type=Stored)
         snapshot.copying.advance(len(order.runs))
         snapshot.copied.set()
         self.open[snapshot.attempt, snapshot.rank] = snapshot
         self._made_in[snapshot.attempt] = order.job.generation
-        link.tell(self._ordered(order))
-        link.tell(sealed)
+        self._repeat(snapshot)
         snapshot.task = asyncio.get_running_loop().create_task(self._care_for(snapshot))
 
     def repeat_to(self, link: Link) -> None:
         """Say again to a coordinator that may be a new one what it must know of the unresolved snapshots."""
         for snapshot in self.open.values():
             if snapshot.link is link:
-                link.tell(self._ordered(snapshot.order))
-                if snapshot.sealed is not None:
-                    link.tell(snapshot.sealed)
-                if snapshot.stored:
-                    link.tell(Stored(snapshot.attempt, snapshot.rank))
+                self._repeat(snapshot)
+
+    def _repeat(self, snapshot: Snapshot) -> None:
+        snapshot.link.tell(self._ordered(snapshot.order))
+        if snapshot.sealed is not None:
+            snapshot.link.tell(snapshot.sealed)
+        if snapshot.stored is not None:
+            snapshot.link.tell(snapshot.stored)
 
     def give_up_on(self, link: Link, why: str) -> None:
         """The coordinator behind `link` is gone for good."""

@@ -107,6 +107,7 @@ class Order(_Message, frozen=True):
     coordinator: tuple[str, int] | None  # None: this node's keeper
     token: bytes
     summary: Summary | None  # of rank 0
+    compression: str = ""  # "", "zstd", or "auto": where that makes it faster
 
 
 class Progress(_Message, frozen=True):
@@ -166,20 +167,24 @@ class Ordered(_Message, frozen=True):
 
 
 class Sealed(_Message, frozen=True):
-    """All blocks of this rank are digested; `part` is what the part says. Kept beside it in RAM."""
+    """All blocks of this rank are digested; `content_digest` is that of its part. Kept beside it in RAM."""
 
     attempt: str
     rank: int
-    ref: PartRef
     content_digest: bytes
     replicas: Replicas
 
 
 class Stored(_Message, frozen=True):
-    """Data and part of this rank are durable in the store."""
+    """Data and part of this rank are durable in the store; chunks that were there already lie in `sources`.
+
+    Kept in RAM: what was said is never written again.
+    """
 
     attempt: str
     rank: int
+    ref: PartRef
+    sources: tuple[str, ...]
 
 
 class Broken(_Message, frozen=True):
@@ -190,9 +195,15 @@ class Broken(_Message, frozen=True):
 
 
 class Persist(_Message, frozen=True):
-    """Bring this attempt to the store."""
+    """Bring this attempt to the store.
+
+    What it has in common with the committed attempt `base` need not be stored again: that and its sources stay until
+    this one is resolved; those that are `lasting` stay for reasons of their own.
+    """
 
     attempt: str
+    base: str | None = None
+    lasting: frozenset[str] = frozenset()
 
 
 class Complete(_Message, frozen=True):
@@ -210,6 +221,7 @@ class Outcome(_Message, frozen=True):
     message: str = ""
     left_out: bool = False
     stored_s: float = 0.0  # seconds of writing on this node
+    stored_bytes: int = 0  # written on this node
     limit_bytes_per_s: float = 0.0  # best rate that this node's store was seen to take
 
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ckpt.errors import SaveFailed
 from ckpt.keeper.orders import Order
-from ckpt.manifest import BLOCK_BYTES, Chunk, Digest, Part, PartRef, encode_part
+from ckpt.manifest import BLOCK_BYTES, Chunk, Digest, Part
+from ckpt.plan import ALIGN_BYTES, RUN_BYTES, FileLayout
+from ckpt.sharding import ITEMSIZE
 from ckpt.store import DataWriter
 
 Piece = tuple[int, int, int, int]  # slot, first and last byte of its chunk, first byte in the run
@@ -71,6 +73,11 @@ class Memory:
     def bytes_of(order: Order) -> int:
         return order.ring * order.place_bytes if order.ring else order.data_bytes
 
+    @property
+    def whole(self) -> memoryview:
+        """The data file, where it is there as a whole."""
+        return self._view
+
     def run(self, index: int) -> memoryview:
         at, nbytes = self._order.runs[index]
         if self._order.ring:
@@ -79,6 +86,36 @@ class Memory:
 
     def close(self) -> None:
         self._view.release()
+
+
+class Regrouped:
+    """Chunks that lie in `memory`, put together for a data file of another layout, a run at a time.
+
+    `places[i]` is where chunk i of the new file begins in memory. Each thread has one buffer.
+    """
+
+    def __init__(self, memory: Memory, file: FileLayout, places: Sequence[int]) -> None:
+        self._whole, self._file, self._places = memory.whole, file, places
+        self._runs = (*file.header_runs, *file.runs)
+        self._buffers = threading.local()
+
+    def run(self, index: int) -> memoryview:
+        run, view, end = self._runs[index], self._buffer(), 0
+        if not run.pieces:
+            view[: run.nbytes] = self._file.header[run.at : run.at + run.nbytes]
+        for chunk, start, stop, at in run.pieces:
+            view[end:at] = bytes(at - end)
+            end = at + stop - start
+            view[at:end] = self._whole[self._places[chunk] + start : self._places[chunk] + stop]
+        if run.pieces:
+            view[end : run.nbytes] = bytes(run.nbytes - end)
+        return view[: run.nbytes]
+
+    def _buffer(self) -> memoryview:
+        if not hasattr(self._buffers, "view"):
+            self._buffers.view = memoryview(mmap.mmap(-1, RUN_BYTES + ALIGN_BYTES))  # page-aligned
+        found: memoryview = self._buffers.view
+        return found
 
 
 class Copying:
@@ -98,6 +135,10 @@ class Copying:
         with self._changed:
             self._gone = why
             self._changed.notify_all()
+
+    @property
+    def gave_up(self) -> bool:
+        return bool(self._gone)
 
     def wait_for(self, index: int, deadline: float) -> None:
         """Return once run `index` is copied."""
@@ -127,6 +168,17 @@ def pieces_of(order: Order) -> tuple[tuple[Piece, ...], ...]:
     return tuple(found)
 
 
+def sample(order: Order, memory: Memory, last: int, nbytes: int) -> Iterator[tuple[memoryview, int]]:
+    """Blocks of the last runs up to run `last`, about `nbytes` in all, and the item size of each."""
+    pieces, taken = pieces_of(order), 0
+    for index in range(last, -1, -1):
+        for slot, start, stop, at in pieces[index]:
+            if taken < nbytes:
+                size = min(BLOCK_BYTES, stop - start)
+                yield memory.run(index)[at : at + size], ITEMSIZE[order.slots[slot].dtype]
+                taken += size
+
+
 class Digests:
     """The block digests of each slot, as they come in."""
 
@@ -145,10 +197,17 @@ class Digests:
     def of(self, index: int) -> bytes:
         return bytes(self._slots[index])
 
+    def chunks(self, order: Order) -> tuple[Chunk, ...]:
+        """What the slots of `order` hold, in its data file."""
+        return tuple(
+            Chunk(slot.key, slot.offset, slot.shape, slot.dtype, "", slot.at, slot.nbytes, "raw", self.of(index))
+            for index, slot in enumerate(order.slots)
+        )
+
 
 def take_in(
     order: Order,
-    memory: Memory,
+    memory: Memory | Regrouped,
     copying: Copying,
     into: DataWriter | None,
     digest: Digest,
@@ -236,12 +295,6 @@ def _in_threads(items: Iterable[int], act: Callable[[int], None], threads: int) 
         raise errors[0]
 
 
-def part_of(order: Order, digests: Digests) -> tuple[Part, bytes, PartRef]:
-    """The part that says what was stored, its bytes, and what the manifest says of it."""
-    chunks = tuple(
-        Chunk(slot.key, slot.offset, slot.shape, slot.dtype, "", slot.at, slot.nbytes, "raw", digests.of(index))
-        for index, slot in enumerate(order.slots)
-    )
-    part = Part(order.rank, order.job.attempt, order.data_bytes, chunks, order.values, order.rank_values)
-    data = encode_part(part)
-    return part, data, PartRef(len(data), digests.digest(data), order.data_bytes)
+def part_of(order: Order, chunks: tuple[Chunk, ...], data_bytes: int) -> Part:
+    """The part of `order` whose chunks lie as given, its own in a data file of `data_bytes`."""
+    return Part(order.rank, order.job.attempt, data_bytes, chunks, order.values, order.rank_values)

@@ -6,7 +6,8 @@
         users                held shared by every worker; who holds it alone may remove the directory
         socket, log          where the keeper listens, and what it has to say
         layouts/<digest>     layouts that orders refer to
-        steps/<attempt>/     r00003.safetensors, .order (what is copied), .sealed (its digests), .part
+        steps/<attempt>/     r00003.safetensors, .order (what is copied), .sealed (its digests), .part,
+                             .stored (what stands in the store)
 
 `<root>` is CKPT_RAM_DIR, else /dev/shm. Everything below it belongs to one user and is refused otherwise.
 """
@@ -31,7 +32,7 @@ SHARE_OF_FREE_MEMORY = 0.5
 SNAPSHOTS_LIMIT = 3  # one that is being stored, the newest whole one, and one that is being filled
 
 _GONE = ".gone"  # ends the name of a directory that is being removed
-_FILES = ("order", "sealed", "part")
+_FILES = ("order", "sealed", "part", "stored")
 
 
 def ram_root() -> str:

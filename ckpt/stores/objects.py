@@ -182,14 +182,26 @@ class PartWriter:
                         self._spare.append(part)
             done += nbytes
 
-    def finish(self) -> None:
+    def finish(self, nbytes: int | None = None) -> None:
+        last = self._shortened(nbytes) if nbytes is not None else None
         if self._open:
             raise StorageError(f"parts {sorted(self._open)[:8]} of a data file were not written whole")
         try:
+            if last is not None:
+                self._upload.part(*last)
             self._upload.complete()
         except BaseException:
             self.abandon()
             raise
+
+    def _shortened(self, nbytes: int) -> tuple[int, bytearray] | None:
+        """The last part, where the file ends in the middle of what was announced for it."""
+        index, size = divmod(nbytes, self._part_bytes)
+        part, missing = self._open.get(index), self._missing.get(index, 0)
+        if part is None or len(part) - missing != size:
+            return None
+        del self._open[index], self._missing[index], part[size:]
+        return index, part
 
     def abandon(self) -> None:
         try:

@@ -272,9 +272,11 @@ class _DataFile:
         with _reported("write", self._path, StorageError):
             direct.write_all(self._fd, memory, at)
 
-    def finish(self) -> None:
+    def finish(self, nbytes: int | None = None) -> None:
         with _reported("write", self._path, StorageError):
             try:
+                if nbytes is not None:
+                    os.ftruncate(self._fd, nbytes)
                 os.fsync(self._fd)
                 _fsync_directory(os.path.dirname(self._path))
             finally:

@@ -1,7 +1,7 @@
 """SIGKILL at every single system call with which a job changes its run's directory, one after the other.
 
-A worker and its keeper, real processes, save three steps in two generations with retention. Each time a reader finds the
-old step or the new one, bit for bit; what `wait()` acknowledged is there; the next job restores it and saves another.
+A worker and its keeper, real processes, save three steps in two generations with retention. Each time a reader finds
+the old step or the new one, bit for bit; what `wait()` acknowledged is there; the next job restores it and goes on.
 """
 
 from __future__ import annotations

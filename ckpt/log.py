@@ -209,7 +209,7 @@ def decide_start(
     this run or its bytes were retired.
     """
     if expected_generation is not None:
-        _check_fence(view, expected_generation, None)
+        check_fence(view, expected_generation, None)
     _check_holder(view, run_id, takeover or holder_gone)
     if base == HEAD:
         base = view.head.attempt if view.head else None
@@ -242,7 +242,7 @@ def decide_commit(
     Raises Fenced if that holder is no longer the current one; Incompatible if `step` is not above the head's, or if
     the attempt was committed before.
     """
-    _check_fence(view, generation, holder_nonce)
+    check_fence(view, generation, holder_nonce)
     head = view.head
     if head is not None and step <= head.step:
         raise Incompatible(
@@ -256,6 +256,18 @@ def decide_commit(
         manifest_digest=manifest_digest, manifest_bytes=manifest_bytes, content_digest=content_digest,
         metrics=dict(metrics), world=world, unix_s=unix_s, nbytes=nbytes
     )  # fmt: skip
+
+
+def check_fence(view: View, generation: int, holder_nonce: str | None) -> None:
+    """Raise Fenced unless `generation` is current and, where a nonce is given, its start is the one with that nonce."""
+    holder = view.holder
+    if view.generation == generation and (holder_nonce is None or (holder and holder.nonce == holder_nonce)):
+        return
+    started = f", started by {_who(holder)}: {holder.reason}" if holder else ""
+    raise Fenced(
+        f"this process works for generation {generation}, but the current one is {view.generation}{started}. Nothing "
+        "was appended and every committed step is as it was; stop this process, the newer one has the run"
+    )
 
 
 def decide_pin(view: View, *, nonce: str, attempt: str, name: str) -> Pin:
@@ -277,7 +289,7 @@ def decide_retire(view: View, *, generation: int, holder_nonce: str, nonce: str,
 
     Raises Fenced; Incompatible if the head or a pinned attempt is among them.
     """
-    _check_fence(view, generation, holder_nonce)
+    check_fence(view, generation, holder_nonce)
     leaving = tuple(sorted(set(attempts)))
     kept = {pin.attempt: f"pinned as {pin.name!r}" for pin in view.pins.values()}
     if view.head is not None:
@@ -303,18 +315,6 @@ def _check_base(view: View, attempt: str) -> None:
         raise NotFound(f"{attempt} is not a commit of this run; `ckpt ls` lists what there is")
     if attempt in view.retired:
         raise NotFound(f"{attempt} was deleted by retention; `ckpt ls` lists what there is")
-
-
-def _check_fence(view: View, generation: int, holder_nonce: str | None) -> None:
-    """Whether `generation` is current and, where a nonce is given, its start is the one with that nonce."""
-    holder = view.holder
-    if view.generation == generation and (holder_nonce is None or (holder and holder.nonce == holder_nonce)):
-        return
-    started = f", started by {_who(holder)}: {holder.reason}" if holder else ""
-    raise Fenced(
-        f"this process works for generation {generation}, but the current one is {view.generation}{started}. Nothing "
-        "was appended and every committed step is as it was; stop this process, the newer one has the run"
-    )
 
 
 def _who(start: Start) -> str:

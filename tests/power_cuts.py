@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import ROOT
-from keepers import forget
+from keepers import forget, keepers, until
 
 import ckpt
 from ckpt.errors import NotFound
@@ -118,7 +118,7 @@ class Job:
 
     def __init__(self, ram: Path) -> None:
         ram.mkdir()
-        self._stop = ram / "stop"
+        self._ram, self._stop = ram, ram / "stop"
         self._process = subprocess.Popen(
             [sys.executable, "-c", "import power_cuts; power_cuts.save_in_a_row()"],
             env={**os.environ, "CKPT_RAM_DIR": str(ram)},
@@ -142,6 +142,7 @@ class Job:
         self._stop.touch()
         with self._changed:
             assert self._changed.wait_for(lambda: not self._running, COMMAND_S), "the job does not end"
+        until("its keeper has ended", lambda: not keepers(self._ram))
         self._stop.unlink()
 
     def wait_for(self, step: int) -> None:

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+FUZZER := $(VENV)/.fuzzer
 SERVERS := $(VENV)/servers/.installed
 
 STATES := 12000
@@ -35,8 +36,12 @@ test: install servers
 	$(BIN)/python -m pytest -q
 
 # STATES: images after power cuts; STORE_SEEDS: runs through a faulty object store.
-prove: install servers
+prove: install servers $(FUZZER)
 	HOLDFAST_CRASH_IMAGES=$(STATES) HOLDFAST_STORE_SEEDS=$(STORE_SEEDS) $(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
+
+$(FUZZER): $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[prove]'
+	touch $(FUZZER)
 
 bench: $(PEERS) servers
 	$(BIN)/python benchmarks/save_load.py

@@ -211,7 +211,7 @@ def decide_start(
     this run or its bytes were retired.
     """
     if expected_generation is not None:
-        _check_fence(view, expected_generation, None)
+        check_fence(view, expected_generation, None)
     _check_holder(view, run_id, takeover or holder_gone)
     if base == HEAD:
         base = view.head.attempt if view.head else None
@@ -245,7 +245,7 @@ def decide_commit(
     Raises Fenced if that holder is no longer the current one; Incompatible if `step` is not above the head's, if the
     attempt was committed before, or if one of its `sources` is gone.
     """
-    _check_fence(view, generation, holder_nonce)
+    check_fence(view, generation, holder_nonce)
     head = view.head
     if head is not None and step <= head.step:
         raise Incompatible(
@@ -262,6 +262,18 @@ def decide_commit(
         manifest_digest=manifest_digest, manifest_bytes=manifest_bytes, content_digest=content_digest,
         metrics=dict(metrics), world=world, unix_s=unix_s, nbytes=nbytes, sources=sources
     )  # fmt: skip
+
+
+def check_fence(view: View, generation: int, holder_nonce: str | None) -> None:
+    """Raise Fenced unless `generation` is current and, where a nonce is given, its start is the one with that nonce."""
+    holder = view.holder
+    if view.generation == generation and (holder_nonce is None or (holder and holder.nonce == holder_nonce)):
+        return
+    started = f", started by {_who(holder)}: {holder.reason}" if holder else ""
+    raise Fenced(
+        f"this process works for generation {generation}, but the current one is {view.generation}{started}. Nothing "
+        "was appended and every committed step is as it was; stop this process, the newer one has the run"
+    )
 
 
 def decide_pin(view: View, *, nonce: str, attempt: str, name: str) -> Pin:
@@ -283,7 +295,7 @@ def decide_retire(view: View, *, generation: int, holder_nonce: str, nonce: str,
 
     Raises Fenced; Incompatible if the head, a pinned attempt, or the source of one that stays is among them.
     """
-    _check_fence(view, generation, holder_nonce)
+    check_fence(view, generation, holder_nonce)
     leaving = tuple(sorted(set(attempts)))
     stay = [commit for commit in view.commits.values() if commit.attempt not in view.retired.union(leaving)]
     kept = {source: f"where tensors of step {commit.step} lie" for commit in stay for source in commit.sources}
@@ -311,18 +323,6 @@ def _check_base(view: View, attempt: str) -> None:
         raise NotFound(f"{attempt} is not a commit of this run; `ckpt ls` lists what there is")
     if attempt in view.retired:
         raise NotFound(f"{attempt} was deleted by retention; `ckpt ls` lists what there is")
-
-
-def _check_fence(view: View, generation: int, holder_nonce: str | None) -> None:
-    """Whether `generation` is current and, where a nonce is given, its start is the one with that nonce."""
-    holder = view.holder
-    if view.generation == generation and (holder_nonce is None or (holder and holder.nonce == holder_nonce)):
-        return
-    started = f", started by {_who(holder)}: {holder.reason}" if holder else ""
-    raise Fenced(
-        f"this process works for generation {generation}, but the current one is {view.generation}{started}. Nothing "
-        "was appended and every committed step is as it was; stop this process, the newer one has the run"
-    )
 
 
 def _who(start: Start) -> str:

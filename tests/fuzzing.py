@@ -195,9 +195,8 @@ def fuzz_header(data: st.DataObject) -> None:
 TARGETS = (fuzz_manifest, fuzz_part, fuzz_record, fuzz_header)
 
 
-def try_all(target: Callable[[st.DataObject], None], examples: int) -> dict[str, int]:
-    """How many inputs were refused, and how many were valid."""
-    outcomes = {"refused": 0, "valid": 0}
+def property_of(target: Callable[[st.DataObject], None], examples: int, outcomes: dict[str, int]) -> Callable[[], None]:
+    """What must hold of every input; counts in `outcomes` those that were refused, and those that were valid."""
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
@@ -211,13 +210,14 @@ def try_all(target: Callable[[st.DataObject], None], examples: int) -> dict[str,
         else:
             outcomes["valid"] += 1
 
-    run()
-    return outcomes
+    return run
 
 
 def main(examples: int) -> None:
     for target in TARGETS:
-        print(target.__name__, json.dumps(try_all(target, examples)), flush=True)
+        outcomes = {"refused": 0, "valid": 0}
+        property_of(target, examples, outcomes)()
+        print(target.__name__, json.dumps(outcomes), flush=True)
 
 
 if __name__ == "__main__":

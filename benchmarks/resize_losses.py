@@ -151,9 +151,9 @@ def report(resized: list[Part], undisturbed: dict[int, float], steps: int, folde
 
 `python benchmarks/resize_losses.py --write`, {datetime.date.today()}; {describe(folder)}.
 
-To reach: every loss of a run resized {sizes} within a relative {TOLERANCE:g} of an undisturbed run's (4 ranks), fp32, no
-dropout. Real agents under torchrun, a worker each; nodes are killed with SIGKILL while they train, the leader first. A
-GPT of 0.1 M parameters under DDP with AdamW, global batch 24, {steps} steps, of which {again} were computed twice.
+To reach: every loss of a run resized {sizes} within a relative {TOLERANCE:g} of an undisturbed run's (4 ranks), fp32,
+no dropout. Real agents under torchrun, a worker each; nodes are killed with SIGKILL while they train, the leader first.
+A GPT of 0.1 M parameters under DDP with AdamW, global batch 24, {steps} steps, of which {again} were computed twice.
 
 | ranks | steps | largest relative difference of a loss |
 | ---: | ---: | ---: |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,18 @@ def test_resumed_in_mid_pass_at_other_world_sizes(pool: Pool, tmp_path: Path) ->
     assert found == dict(whole)
     for _, parameters in results:
         torch.testing.assert_close(parameters, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loop_of_the_docs_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "elastic.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "batches(" in block]
+    net = nn.Linear(5, 3)
+    names = {"elastic": elastic, "F": F, "model": net, "optim": torch.optim.SGD(net.parameters()), "total": 7}
+    names["dataset"] = [(x, int(y) % 3) for x, y in (Points()[i] for i in range(SAMPLES))]
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        exec(block.replace("num_workers=4", "num_workers=1"), names | {"checkpointer": checkpointer})
+        assert checkpointer.all_steps() == [7]
+    assert ckpt.load(tmp_path)["data"]["done"] == 7
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def draw(resized: list[Part], undisturbed: dict[int, float], path: Path) -> None
     axes.set_title(f"One training run on {sizes} ranks, and one that was left alone", loc="left", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False)
+    axes.legend(facecolor="white", edgecolor="none", framealpha=1, loc="center right")
     figure.savefig(path)
     pyplot.close(figure)
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ STEP_S = 0.05  # so that a test's machine has time for other things; nothing wai
 
 def expected(step: int) -> torch.Tensor:
     return torch.arange(1000, dtype=torch.float64) * step + step
+
+
+def take(data: elastic.Batches, step: int, say: Callable[..., None]) -> None:
+    """Say what completes `step`: before it can be saved."""
+    for batch in data.step():
+        assert not batch.indices or batch.data.tolist() == list(batch.indices)
+        say("data", step=step, indices=batch.indices)
 
 
 def main(url: str, events: Path) -> int:
@@ -57,9 +65,7 @@ def main(url: str, events: Path) -> int:
                 if int(word):
                     break
                 step += 1
-                for batch in data.step():
-                    assert not batch.indices or batch.data.tolist() == list(batch.indices)
-                    say("data", step=step, indices=batch.indices)
+                take(data, step, say)
                 state["w"], state["step"] = expected(step), step
                 checkpointer.save(step, state)
                 say("step", step=step)

@@ -7,7 +7,8 @@
     leader      the agent that wrote the newest membership; others follow it
     candidate   an agent that gathers others while there is no leader
 
-In workers: `current`. In agents: hooks, see `elastic.hooks`.
+In workers: `current`, and `batches` for data that does not mind the number of ranks. In agents: hooks, see
+`elastic.hooks`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Current", "current"]
+if TYPE_CHECKING:
+    from elastic.data import Batch, Batches, batches
+
+__all__ = ["Batch", "Batches", "Current", "batches", "current"]
 
 FEW_RESTARTS = 1000
 
@@ -53,3 +58,12 @@ def current() -> Current | None:
         )
     nodes = tuple(os.environ.get("ELASTIC_NODES", "").split(","))
     return Current(int(generation), nodes, int(os.environ["GROUP_RANK"]), os.environ.get("ELASTIC_REASON", ""))
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, imported at its first use: commands live without it."""
+    if name not in ("Batch", "Batches", "batches"):
+        raise AttributeError(f"module 'elastic' has no attribute {name!r}")
+    from elastic import data
+
+    return getattr(data, name)

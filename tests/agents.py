@@ -54,7 +54,7 @@ class Agent:
             *before, sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "elastic",
             "--rdzv-endpoint", str(cluster.run), "--max-restarts", "1000000", "--nnodes", nnodes,
             *(["--rdzv-id", run_id] if run_id else []), "--nproc-per-node", "1",
-            str(ROOT / "tests" / "elastic_worker.py"), str(cluster.run), str(cluster.events),
+            str(cluster.worker), str(cluster.run), str(cluster.events),
         ]  # fmt: skip
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -76,7 +76,8 @@ class Agent:
 class Cluster:
     """Agents of one run, what their workers said, and the end of them all. Use as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, worker: Path = ROOT / "tests" / "elastic_worker.py") -> None:
+        self.worker = worker
         self.folder, self.run, self.events = folder, folder / "run", folder / "events"
         self.events.mkdir()
         self.ram = Path(os.environ["CKPT_RAM_DIR"]) / f"nodes-{uuid.uuid4().hex[:8]}"
@@ -136,6 +137,23 @@ class Cluster:
         start = RunDirectory.open(self.run).log.read().holder
         assert start is not None
         return next(name for name, agent in self.agents.items() if _is_or_under(start.pid, agent.process.pid))
+
+    def ledger(self) -> list[list[int]]:
+        """The samples of each step that counts, of all ranks together: of the newest generation that made it."""
+        made: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for event in self.said():
+            if event["what"] == "data":
+                made.setdefault((event["step"], event["generation"]), []).append(event)
+        head = RunDirectory.open(self.run).log.read().head
+        assert head is not None
+        found = []
+        for step in range(1, head.step + 1):
+            events = made[step, max(generation for at, generation in made if at == step)]
+            assert len(events) == events[0]["world"], (
+                f"of step {step} not every rank said what it was made of: {events}"
+            )
+            found.append([i for event in events for i in event["indices"]])
+        return found
 
     def pid_of_worker(self, node: str, generation: int) -> int:
         return int(self.workers(generation)[node]["pid"])

@@ -2,7 +2,8 @@
 
     elastic_worker.py RUN EVENTS
 
-Every element of the state is a function of the step, so that a state restored wrong or mixed is seen. It ends once
+Every element of the state is a function of the step, so that a state restored wrong or mixed is seen; and it says
+which samples each step was made of, before it saves it, so that `agents.Cluster` can keep the books. It ends once
 EVENTS/finish exists (read by rank 0, told to all), with the exit code that stands there.
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,19 @@ import torch.distributed as dist
 import ckpt
 import elastic
 
+SAMPLES, GLOBAL_BATCH = 22, 4  # the last batch of a pass has 2 samples: of 3 ranks, one has none
 STEP_S = 0.05  # so that a test's machine has time for other things; nothing waits for it
 
 
 def expected(step: int) -> torch.Tensor:
     return torch.arange(1000, dtype=torch.float64) * step + step
+
+
+def take(data: elastic.Batches, step: int, say: Callable[..., None]) -> None:
+    """Say what completes `step`: before it can be saved."""
+    for batch in data.step():
+        assert not batch.indices or batch.data.tolist() == list(batch.indices)
+        say("data", step=step, indices=batch.indices)
 
 
 def main(url: str, events: Path) -> int:
@@ -39,10 +49,15 @@ def main(url: str, events: Path) -> int:
             more |= {"at": time.time(), "generation": current.generation, "node": os.environ["TEST_NODE"]}
             out.write(json.dumps({"what": what, "rank": rank, "world": world, "pid": os.getpid(), **more}) + "\n")
 
-        state = {"w": expected(0), "step": 0}
+        data = elastic.batches(
+            range(SAMPLES),  # type: ignore[arg-type]
+            global_batch=GLOBAL_BATCH,
+            num_workers=int(os.environ.get("TEST_LOADERS", "0")),
+        )
+        state = {"w": expected(0), "step": 0, "data": data}
         with ckpt.Checkpointer(url, commit_timeout_s=60) as checkpointer:
             step = checkpointer.restore(state) or 0
-            right = bool(torch.equal(state["w"], expected(step))) and state["step"] == step
+            right = bool(torch.equal(state["w"], expected(step))) and state["step"] == data.done == step
             say("restored", step=step, right=right)
             while True:
                 word = torch.tensor([int((events / "finish").exists()) if rank == 0 else 0])
@@ -50,6 +65,7 @@ def main(url: str, events: Path) -> int:
                 if int(word):
                     break
                 step += 1
+                take(data, step, say)
                 state["w"], state["step"] = expected(step), step
                 checkpointer.save(step, state)
                 say("step", step=step)

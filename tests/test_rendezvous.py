@@ -8,10 +8,14 @@ import signal
 from pathlib import Path
 
 from agents import Cluster
+from elastic_worker import GLOBAL_BATCH, SAMPLES
 from netns import network
 
 from ckpt.records import Start
 from ckpt.run import RunDirectory
+
+BATCHES = -(-SAMPLES // GLOBAL_BATCH)
+LAST_BATCH = SAMPLES - (BATCHES - 1) * GLOBAL_BATCH
 
 
 def check_restores(cluster: Cluster) -> None:
@@ -20,17 +24,29 @@ def check_restores(cluster: Cluster) -> None:
     assert not wrong, f"restored something else than what was saved: {wrong}"
 
 
+def check_ledger(cluster: Cluster) -> None:
+    """Every committed step has a whole batch, and every pass over the data has each sample exactly once."""
+    ledger = cluster.ledger()
+    for first in range(0, len(ledger), BATCHES):
+        of_pass = ledger[first : first + BATCHES]
+        assert [len(batch) for batch in of_pass] == [*[GLOBAL_BATCH] * (BATCHES - 1), LAST_BATCH][: len(of_pass)]
+        samples = [i for batch in of_pass for i in batch]
+        assert len(set(samples)) == len(samples), f"steps from {first + 1} on have a sample twice: {of_pass}"
+
+
 def check_end(cluster: Cluster, *alive: str) -> None:
     cluster.finish()
     codes = {name: cluster.agents[name].wait() for name in alive}
     assert set(codes.values()) == {0}, f"agents ended with {codes}"
     check_restores(cluster)
+    check_ledger(cluster)
 
 
 def test_a_worker_and_then_the_leader_are_killed(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         for name in "abc":
-            cluster.add(name, "1:3", ELASTIC_HOOKS="elastic_hooks:Told", TEST_TOLD=str(tmp_path / f"{name}.told"))
+            hooks = {"ELASTIC_HOOKS": "elastic_hooks:Told", "TEST_TOLD": str(tmp_path / f"{name}.told")}
+            cluster.add(name, "1:3", TEST_LOADERS="1", **hooks)
         first = cluster.trains({"a", "b", "c"})
         ranks = {name: worker["rank"] for name, worker in cluster.workers(first).items()}
 

@@ -7,7 +7,7 @@ A LoadPlan is fixed by the targets and the chunks of the parts that hold them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.errors import Corrupt
@@ -76,8 +76,12 @@ class SavePlan:
 
 def plan_save(world: World, rank: int) -> SavePlan:
     """The plan of `rank`: a function of what it holds and of its replica groups."""
-    specs = world.specs
-    owned = owned_by(world, rank)
+    values = tuple(name for name in world.layout(rank).values if world.value_owner[name] == rank)
+    return plan_file(owned_by(world, rank), world.specs, values)
+
+
+def plan_file(owned: Sequence[Owned], specs: Mapping[str, TensorSpec], values: tuple[str, ...]) -> SavePlan:
+    """The plan of a writer of these boxes, ordered by key and box, and of these values."""
     sizes = [o.box.numel * ITEMSIZE[specs[o.key].dtype] for o in owned]
     packs = _pack(sizes)
     data_bytes = _round_up(packs[-1].stop, ALIGN_BYTES) if packs else 0
@@ -86,7 +90,6 @@ def plan_save(world: World, rank: int) -> SavePlan:
     base = len(header)
     chunks = tuple(PlannedChunk(o, specs[o.key], base + starts[i], sizes[i]) for i, o in enumerate(owned))
     runs = tuple(run for pack in packs for run in _runs(pack, sizes, base))
-    values = tuple(name for name in world.layout(rank).values if world.value_owner[name] == rank)
     return SavePlan(chunks, header, runs, base + data_bytes, values)
 
 

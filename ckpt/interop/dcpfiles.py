@@ -116,7 +116,7 @@ class _BandPlanner(DefaultSavePlanner):
     """Plans bands of large tensors, and reads each when DCP asks for its data."""
 
     def __init__(self, read: Read) -> None:
-        super().__init__(dedup_replicated_tensors=False)
+        super().__init__()
         self._read = read
         self._leaves: dict[int, Leaf] = {}
         self._boxes: dict[MetadataIndex, tuple[Leaf, Slice]] = {}

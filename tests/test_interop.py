@@ -404,7 +404,7 @@ def test_the_commands_refuse_what_would_overwrite_or_race(tmp_path: Path) -> Non
         holder = RunDirectory.open(url).log.read().holder
         assert holder is not None
         assert isinstance(_ckpt("import", source, url, "--step", "9").exception, ckpt.Fenced)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")) == []
+    assert sorted(p.name for p in tmp_path.iterdir() if ".tmp-" in p.name) == []
 
 
 def test_a_failed_export_or_import_leaves_nothing(tmp_path: Path) -> None:

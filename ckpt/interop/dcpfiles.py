@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt.adapt.values import dtype_from_name
-from ckpt.errors import Corrupt, Incompatible, NotFound
+from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.interop.files import Extent, Files, FileTensor, fits
 from ckpt.interop.hf import Read
 from ckpt.interop.metadata import METADATA_LIMIT_BYTES, Place, StoredTensor, parse_metadata
@@ -109,7 +110,13 @@ def write_dcp(directory: Path, tree: dict[str, Any], read: Read) -> None:
     """Have DCP save `tree` into `directory`."""
     planner = _BandPlanner(read)
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
-    save(planner.prepared(tree), storage_writer=writer, planner=planner, no_dist=True)
+    try:
+        save(planner.prepared(tree), storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, CkptError | OSError):
+                raise cause from None
+        raise
 
 
 class _BandPlanner(DefaultSavePlanner):

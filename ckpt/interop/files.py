@@ -149,7 +149,7 @@ def appearing(target: Path, *, directory: bool) -> Iterator[Path]:
     Raises Incompatible if something stands at `target`; what was begun is removed when anything is raised.
     """
     refuse_existing(target)
-    temporary = target.with_name(f".tmp-{target.name}-{secrets.token_hex(4)}")
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")  # torch refuses a leading dot
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if directory:

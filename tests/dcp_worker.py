@@ -100,6 +100,8 @@ def main(url: str, steps: int, point: str = "", at: int = 0) -> None:
             dcp.async_save(state(), storage_writer=writer).result()  # type: ignore[union-attr]
         tell("saved", step, state())
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads sometimes abort a process that ends after FSDP2 over gloo, without us, too
 
 
 if __name__ == "__main__":

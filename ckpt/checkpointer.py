@@ -100,7 +100,7 @@ class Checkpointer:
 
         def open_first() -> RunDirectory:
             run = RunDirectory.open(place, create=True)
-            _check_fencing(run, strict_fencing)
+            check_fencing(run, strict_fencing)
             given = Given.of(os.environ.get("CKPT_START", ""))
             self._holder = Holder(run, run_id=job, takeover=takeover, given=given)
             return run
@@ -423,7 +423,8 @@ def _finish() -> None:
             os._exit(error.exit_code)
 
 
-def _check_fencing(run: RunDirectory, strict: bool) -> None:
+def check_fencing(run: RunDirectory, strict: bool) -> None:
+    """Raise Incompatible, or with `strict` off warn, where the store cannot keep two writers apart."""
     if run.store.capabilities.fences:
         return
     if strict:

@@ -6,7 +6,7 @@ bands of at most BAND_BYTES of each side, whatever their layouts were, every blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Final, Literal
@@ -14,11 +14,10 @@ from typing import Final, Literal
 import torch
 
 from ckpt.adapt.values import dtype_from_name
-from ckpt.plan import Target, needed_parts, plan_load
-from ckpt.reading import read_data
+from ckpt.loader import read_box
 from ckpt.restorer import StepReader
-from ckpt.sharding import Declared, TensorSpec, pieces_of
-from ckpt.slices import Slice
+from ckpt.sharding import TensorSpec
+from ckpt.slices import Slice, bands
 
 BAND_BYTES: Final = 64 << 20
 
@@ -93,14 +92,7 @@ class _Side:
         return self.world.aliases.get(key, key)
 
     def read(self, key: str, box: Slice) -> torch.Tensor:
-        name, manifest = self.stored(key), self.reader.manifest
-        spec = self.world.specs[name]
-        into = torch.empty(box.shape, dtype=dtype_from_name(spec.dtype))
-        target = Target(name, pieces_of(Declared(box), spec.shape, 0), box.shape, direct=True)
-        parts = needed_parts(manifest.world, manifest.ownership, [target])
-        plan = plan_load([target], {rank: self.reader.part(rank).chunks for rank in sorted(parts)})
-        read_data(self.reader.open_data, plan, [into], threads=self.reader.threads)
-        return into
+        return read_box(self.reader, self.stored(key), box)
 
 
 def _compare(key: str, left: _Side, right: _Side) -> Difference:
@@ -117,7 +109,7 @@ def _compare(key: str, left: _Side, right: _Side) -> Difference:
 def _of_values(key: str, spec: TensorSpec, left: _Side, right: _Side) -> Difference:
     count, differing, not_finite, finite = prod(spec.shape), 0, 0, 0
     largest = total = 0.0
-    for box in bands(spec.shape, dtype_from_name(spec.dtype).itemsize):
+    for box in bands(spec.shape, dtype_from_name(spec.dtype).itemsize, BAND_BYTES):
         one, other = left.read(key, box), right.read(key, box)
         differing += int((_bits(one) != _bits(other)).any(-1).sum())
         gap = (_wide(one) - _wide(other)).abs()
@@ -130,32 +122,6 @@ def _of_values(key: str, spec: TensorSpec, left: _Side, right: _Side) -> Differe
         return Difference(key, "same", spec, spec)
     mean = total / finite if finite else 0.0
     return Difference(key, "changed", spec, spec, differing / count, largest, mean, not_finite)
-
-
-def bands(shape: tuple[int, ...], itemsize: int, limit_bytes: int = BAND_BYTES) -> Iterator[Slice]:
-    """Boxes that tile `shape`, each of at most `limit_bytes` where a row of the first dimensions allows it."""
-    if 0 in shape:
-        return
-    for dim, length in enumerate(shape):
-        inner = itemsize * prod(shape[dim + 1 :])
-        rows = max(1, limit_bytes // inner)
-        if rows > 1 or dim == len(shape) - 1:
-            for outer in _points(shape[:dim]):
-                for first in range(0, length, rows):
-                    size = min(rows, length - first)
-                    rest = shape[dim + 1 :]
-                    yield Slice((*outer, first, *(0 for _ in rest)), (*(1 for _ in outer), size, *rest))
-            return
-    yield Slice((), ())
-
-
-def _points(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    if not shape:
-        yield ()
-        return
-    for first in range(shape[0]):
-        for rest in _points(shape[1:]):
-            yield (first, *rest)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

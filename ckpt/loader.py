@@ -18,7 +18,8 @@ from ckpt.plan import Target, needed_parts, plan_load
 from ckpt.reading import read_data
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
-from ckpt.sharding import Whole, pieces_of
+from ckpt.sharding import Declared, Whole, pieces_of
+from ckpt.slices import Slice
 
 
 def load(url: str | os.PathLike[str], *, step: int | None = None, keys: Sequence[str] | None = None) -> dict[str, Any]:
@@ -55,3 +56,15 @@ def _tensors(reader: StepReader, keys: Sequence[str]) -> dict[str, torch.Tensor]
     plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in sorted(parts)})
     read_data(reader.open_data, plan, tensors, threads=reader.threads)
     return dict(zip(keys, tensors, strict=True))
+
+
+def read_box(reader: StepReader, key: str, box: Slice) -> torch.Tensor:
+    """The elements in `box` of stored tensor `key`, whatever its layout was; every block verified."""
+    manifest = reader.manifest
+    spec = manifest.world.specs[key]
+    into = torch.empty(box.shape, dtype=dtype_from_name(spec.dtype))
+    target = Target(key, pieces_of(Declared(box), spec.shape, 0), box.shape, direct=True)
+    parts = needed_parts(manifest.world, manifest.ownership, [target])
+    plan = plan_load([target], {rank: reader.part(rank).chunks for rank in sorted(parts)})
+    read_data(reader.open_data, plan, [into], threads=reader.threads)
+    return into

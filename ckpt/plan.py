@@ -7,7 +7,7 @@ A LoadPlan is fixed by the targets and the chunks of the parts that hold them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.errors import Corrupt
@@ -113,8 +113,12 @@ class SavePlan:
 
 def plan_save(world: World, rank: int) -> SavePlan:
     """The plan of `rank`: a function of what it holds and of its replica groups."""
-    specs = world.specs
-    owned = owned_by(world, rank)
+    values = tuple(name for name in world.layout(rank).values if world.value_owner[name] == rank)
+    return plan_file(owned_by(world, rank), world.specs, values)
+
+
+def plan_file(owned: Sequence[Owned], specs: Mapping[str, TensorSpec], values: tuple[str, ...]) -> SavePlan:
+    """The plan of a writer of these boxes, ordered by key and box, and of these values."""
     extents = [
         Extent(o.key, o.box.offset, o.box.shape, (dtype := specs[o.key].dtype), o.box.numel * ITEMSIZE[dtype])
         for o in owned
@@ -124,7 +128,6 @@ def plan_save(world: World, rank: int) -> SavePlan:
         PlannedChunk(o, specs[o.key], at, extent.nbytes)
         for o, extent, at in zip(owned, extents, file.starts, strict=True)
     )
-    values = tuple(name for name in world.layout(rank).values if world.value_owner[name] == rank)
     return SavePlan(chunks, file, values)
 
 

@@ -285,10 +285,11 @@ def _validate(
     """The tensors to fill; everything that does not fit, in one error."""
     problems = [f"missing in the checkpoint: {key}" for key in bound.missing if relaxed.strict]
     kept: list[Local] = []
+    filled = {local.identity for local in bound.locals if saved.stored(local.key) in saved.specs}
     for local in bound.locals:
         spec = saved.specs.get(saved.stored(local.key))
         if spec is None:
-            if relaxed.strict:
+            if relaxed.strict and local.identity not in filled:  # else tied to what is there: stored under one name
                 problems.append(f"missing in the checkpoint: {local.key}")
             continue
         if problem := _mismatch(local, spec, relaxed.cast):

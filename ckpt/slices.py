@@ -117,6 +117,32 @@ def _slab(box: Slice, dim: int, start: int, stop: int) -> Slice:
     return Slice(offset, (*box.shape[:dim], stop - start, *box.shape[dim + 1 :]))
 
 
+def bands(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[Slice]:
+    """Boxes that tile `shape`, each of at most `limit_bytes` where a row of the first dimensions allows it."""
+    if 0 in shape:
+        return
+    for dim, length in enumerate(shape):
+        inner = itemsize * prod(shape[dim + 1 :])
+        rows = max(1, limit_bytes // inner)
+        if rows > 1 or dim == len(shape) - 1:
+            for outer in _points(shape[:dim]):
+                for first in range(0, length, rows):
+                    size = min(rows, length - first)
+                    rest = shape[dim + 1 :]
+                    yield Slice((*outer, first, *(0 for _ in rest)), (*(1 for _ in outer), size, *rest))
+            return
+    yield Slice((), ())
+
+
+def _points(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    if not shape:
+        yield ()
+        return
+    for first in range(shape[0]):
+        for rest in _points(shape[1:]):
+            yield (first, *rest)
+
+
 def flat_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Slice]:
     """The boxes, in row-major order, that make up elements [start, stop) of a tensor of `shape`.
 

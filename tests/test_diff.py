@@ -19,10 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ckpt
-from ckpt.diff import Differences, bands, compare_steps
+from ckpt.diff import Differences, compare_steps
 from ckpt.holder import find_commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
+from ckpt.slices import bands
 
 ROOT = Path(__file__).parent.parent
 

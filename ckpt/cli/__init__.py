@@ -1,4 +1,4 @@
-"""The command `ckpt`: look at a run's directory from a shell. Only the commands in `change` write to a run.
+"""The command `ckpt`: look at a run's directory from a shell. Only those in `change` and `import` write to a run.
 
 Owns what is printed. Data goes to stdout, as tables or with --json as one JSON document; progress, warnings and
 errors go to stderr, and the exit code says how it ended (`ckpt --help` lists them). At a terminal, tables fit its
@@ -15,6 +15,7 @@ from ckpt.cli.change import copy_run, delete_step, gc, pin_step, unpin_step
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.look import list_steps, show
+from ckpt.cli.move import export_run, import_file
 from ckpt.cli.resume import resume
 from ckpt.cli.verify import check
 from ckpt.console import run_command
@@ -36,6 +37,8 @@ def cli() -> None:
       ckpt diff /data/run@1000 /data/run   what changed since step 1000
       ckpt resume /data/run -- python train.py   go on, and again when it fails
       ckpt cp /data/run@2000 s3://bucket/x copy step 2000 to another place
+      ckpt export /data/run out --format hf --only model   for other libraries
+      ckpt import gpt2/ /data/run --step 0 --prefix model  from them
       ckpt gc /data/run --last 3 --dry-run what would be deleted
       ckpt pin /data/run 2000 --name best  never delete step 2000
       ckpt doctor s3://bucket/run          can a run be kept there
@@ -48,7 +51,21 @@ def cli() -> None:
     """
 
 
-for command in (list_steps, show, check, diff, resume, copy_run, gc, pin_step, unpin_step, delete_step, doctor):
+for command in (
+    list_steps,
+    show,
+    check,
+    diff,
+    resume,
+    copy_run,
+    export_run,
+    import_file,
+    gc,
+    pin_step,
+    unpin_step,
+    delete_step,
+    doctor,
+):
     cli.add_command(command)
 
 

@@ -85,12 +85,12 @@ def gc(
 
 def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool) -> None:
     still = "Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass --takeover"
-    _refuse_live(run, view.holder, takeover, still)
+    refuse_live(run, view.holder, takeover, still)
     start = _take(run, takeover)
     carry_out(run, plan, start.generation, start.nonce)
 
 
-def _refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: str) -> None:
+def refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: str) -> None:
     if holder is not None and not takeover and not is_gone(holder):
         raise Fenced(
             f"{run.url}: generation {holder.generation} was started by pid {holder.pid} on host {holder.host!r}, which "
@@ -266,7 +266,7 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, as_json: boo
     commits = view.standing() if every and number is None else [find(run, view, number)]
     into = RunDirectory.open(target, create=True)
     known, holder = set(into.log.read().commits), into.log.view.holder
-    _refuse_live(into, holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    refuse_live(into, holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
     missing = [commit for commit in commits if commit.attempt not in known]
     with byte_progress(sum(commit.nbytes for commit in missing)) as told:
         made = copy_steps(run, missing, Holder(into, run_id=None, takeover=takeover), told)

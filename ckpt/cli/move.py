@@ -1,0 +1,110 @@
+"""The commands that speak to other libraries: `export`, `import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckpt.cli.change import refuse_live, takeover_option
+from ckpt.console import Json, byte_progress, count, find, json_option, open_at, output, plain, say, size
+from ckpt.holder import Holder
+from ckpt.interop.moving import FORMATS, SHARD_BYTES, Format, Moved, export_step, import_step
+from ckpt.restorer import StepReader
+from ckpt.run import RunDirectory
+
+
+@click.command("export")
+@click.argument("source", metavar="URL")
+@click.argument("target", metavar="TO", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="Whose checkpoint to write.")
+@click.option("--only", default="", metavar="KEY", help="What lies at this key, as `model`; names begin below it.")
+@click.option("--max-shard-bytes", type=click.IntRange(1), default=SHARD_BYTES, show_default=True, help="For hf.")
+@json_option
+def export_run(source: str, target: Path, form: Format, only: str, max_shard_bytes: int, as_json: bool) -> None:
+    """Write a step as a checkpoint of another library.
+
+    URL is URL or URL@STEP. TO must not exist: a directory for hf and dcp, a file for safetensors and torch. Tensors
+    come whole, whatever ranks saved them, and every byte is verified. Values (schedules, counts) go along with dcp
+    and torch; what is each rank's own (random generators) stays behind.
+
+    \b
+    Examples:
+      ckpt export /data/run@12000 gpt2 --format hf --only model
+      ckpt export /data/run model.safetensors --format safetensors --only model
+      ckpt export s3://bucket/run state.pt --format torch
+
+    \b
+    --json prints
+      {"from": str, "step": int, "to": str, "format": str, "tensors": int,
+       "values": int, "nbytes": int, "notes": [str, ...]}
+    """
+    run, view, number = open_at(source)
+    commit = find(run, view, number)
+    with byte_progress(commit.nbytes) as told:
+        moved = export_step(StepReader(run, commit), target, form, only, max_shard_bytes, told)
+    about = {"from": run.url, "step": commit.step, "to": str(target), "format": form}
+    output({**about, **_json(moved)}, as_json, lambda found: _print(found, "exported to"))
+
+
+@click.command("import")
+@click.argument("source", metavar="FROM", type=click.Path(path_type=Path))
+@click.argument("target", metavar="URL")
+@click.option("--step", type=click.IntRange(min=0), required=True, metavar="N", help="Its step number in the run.")
+@click.option("--format", "form", type=click.Choice(["auto", *FORMATS]), default="auto", show_default=True,
+              help="Whose checkpoint it is.")  # fmt: skip
+@click.option("--prefix", default="", metavar="KEY", help="Where it goes in the state, as `model`.")
+@click.option("--only", default="", metavar="KEY", help="Only what lies at this key of the file.")
+@click.option("--trust-pickle", is_flag=True, help="Run what a pickle says, in a process without network.")
+@takeover_option
+@json_option
+def import_file(
+    source: Path,
+    target: str,
+    step: int,
+    form: Format,
+    prefix: str,
+    only: str,
+    trust_pickle: bool,
+    takeover: bool,
+    as_json: bool,
+) -> None:
+    """Make a step of a run out of a checkpoint of another library.
+
+    FROM is a file of safetensors or torch.save, or a directory of DCP or in the layout of Hugging Face; the run at URL
+    is begun where there is none. Optimizers are told apart and stored by parameter, so that
+    `checkpointer.restore({"model": model, "optim": optim})` finds them; where it cannot be said which parameter is
+    which, that is said. Pickles are never run without --trust-pickle. Exits 11 if a job holds the run.
+
+    \b
+    Examples:
+      ckpt import gpt2/ /data/run --step 0 --prefix model
+      ckpt import state.pt s3://bucket/run --step 12000
+      ckpt import dcp/step-12000 /data/run --step 12000
+
+    \b
+    --json prints
+      {"from": str, "step": int, "to": str, "attempt": str, "tensors": int,
+       "values": int, "nbytes": int, "notes": [str, ...]}
+    """
+    run = RunDirectory.open(target, create=True)
+    run.log.read()
+    refuse_live(run, run.log.view.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")
+    holder = Holder(run, run_id=None, takeover=takeover)
+    with byte_progress(0) as told:
+        commit, moved = import_step(
+            source, holder, step, form, prefix=prefix, only=only, trust_pickle=trust_pickle, on_bytes=told
+        )
+    about = {"from": str(source), "step": step, "to": run.url, "attempt": commit.attempt}
+    output({**about, **_json(moved)}, as_json, lambda found: _print(found, "imported to"))
+
+
+def _json(moved: Moved) -> Json:
+    return {"tensors": moved.tensors, "values": moved.values, "nbytes": moved.nbytes, "notes": list(moved.notes)}
+
+
+def _print(found: Json, verb: str) -> None:
+    for note in found["notes"]:
+        say(plain(note))
+    what = f"{count(found['tensors'], 'tensor')}, {size(found['nbytes'])}, and {count(found['values'], 'value')}"
+    say(plain(f"step {found['step']}: {what} {verb} {found['to']}"))

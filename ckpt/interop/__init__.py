@@ -1,0 +1,10 @@
+"""Other libraries' checkpoints: into a run, out of it, and torch's DCP straight onto it (`ckpt.interop.dcp`).
+
+tree        a checkpoint as nested dicts, and the names that its tensors and values have in a run (pure)
+optimizers  optimizer state dicts of torch, by parameter, and back (pure)
+files       tensors as ranges of files; destinations that appear whole or not at all
+hf          safetensors files, and the sharded layout of Hugging Face
+torchfile   what torch.save wrote; trusted: the child process for pickles that are trusted
+dcpfiles    directories of torch.distributed.checkpoint; metadata: their pickle, read without running it
+moving      `ckpt export` and `ckpt import`
+"""

@@ -3,7 +3,8 @@
     elastic_worker.py RUN EVENTS
 
 Every element of the state is a function of the step, so that a state restored wrong or mixed is seen. It ends once
-EVENTS/finish exists (read by rank 0, told to all), with the exit code that stands there.
+EVENTS/finish exists (read by rank 0, told to all), with the exit code that stands there. With TEST_DIES in the
+environment, rank 1 of the first generation kills itself at that point of a save (`points`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from points import arm_worker
 
 import ckpt
 import elastic
@@ -39,6 +41,9 @@ def main(url: str, events: Path) -> int:
             more |= {"at": time.time(), "generation": current.generation, "node": os.environ["TEST_NODE"]}
             out.write(json.dumps({"what": what, "rank": rank, "world": world, "pid": os.getpid(), **more}) + "\n")
 
+        if os.environ.get("TEST_DIES") and rank == 1 and os.environ["ELASTIC_GENERATION"] == "1":
+            name, when, nth = os.environ["TEST_DIES"].split()
+            arm_worker((name, when, int(nth)))
         state = {"w": expected(0), "step": 0}
         with ckpt.Checkpointer(url, commit_timeout_s=60) as checkpointer:
             step = checkpointer.restore(state) or 0

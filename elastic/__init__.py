@@ -7,7 +7,7 @@
     leader      the agent that wrote the newest membership; others follow it
     candidate   an agent that gathers others while there is no leader
 
-In workers: `current`. In agents: hooks, see `elastic.hooks`.
+In workers: `current`, `leave`. In agents: hooks, see `elastic.hooks`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import os
 import warnings
 from dataclasses import dataclass
 
-__all__ = ["Current", "current"]
+from ckpt.board import Place
+from ckpt.errors import Incompatible
+
+__all__ = ["Current", "current", "leave"]
 
 FEW_RESTARTS = 1000
 
@@ -53,3 +56,17 @@ def current() -> Current | None:
         )
     nodes = tuple(os.environ.get("ELASTIC_NODES", "").split(","))
     return Current(int(generation), nodes, int(os.environ["GROUP_RANK"]), os.environ.get("ELASTIC_REASON", ""))
+
+
+def leave(reason: str, deadline_s: float = 60.0) -> None:
+    """Have the node of this worker taken out of the job, as planned; returns at once, and training goes on until then.
+
+    All ranks stop at a step on which they agree, and save it; the others go on from exactly that step. What has not
+    stopped after `deadline_s` is killed. For a node that is known to end soon, or that misbehaves. `Incompatible` where
+    no elastic agent started this process.
+    """
+    if not 0 <= deadline_s < 1e9:
+        raise ValueError(f"deadline_s is a number of seconds, not {deadline_s!r:.100}")
+    if (place := Place.of()) is None:
+        raise Incompatible("no elastic agent started this process, so there is no job to leave; exit to end it")
+    place.leave(reason, deadline_s)

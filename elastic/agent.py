@@ -5,8 +5,9 @@ generation, then that generation's members by rank, then newcomers by name), fol
 candidate if none does. Leader and candidate gather ready nodes; once `decide` allows it, they propose a membership,
 which exists when its record stands in the run's log. Whoever loses its leader kills its workers first.
 
-    working  --stop, failure, leader lost-->  stopping  --main thread waits-->  ready  --Go, own proposal-->  working
+    working  --stop, failure, leader lost, pause-->  stopping  --main thread waits-->  ready  --Go, proposal-->  working
     working  --workers ended well-->  finished  --End-->  over
+    ready, and leaving  -->  over
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import replace
 from elastic.actions import (
     Close,
     Follow,
+    Halt,
     Look,
     Note,
     Seek,
     Seen,
 )
-from elastic.leading import Leading, Peer
+from elastic.leading import EXIT_LEFT, Leading, Peer
 from elastic.membership import Member, Membership
 from elastic.messages import (
     Down,
@@ -31,6 +33,8 @@ from elastic.messages import (
     Go,
     Hello,
     Join,
+    Leave,
+    Pause,
     Ping,
     Ready,
     Refused,
@@ -64,6 +68,18 @@ class Agent(Leading):
         self.ready = True
         if self.upstream is not None:
             self._send(None, Ready())
+
+    def paused(self) -> None:
+        """The workers have stopped where all ranks agreed, and that step is saved: nothing is lost by killing them."""
+        self._kill("they stopped at an agreed step, which is saved")
+
+    def leave(self, reason: str) -> None:
+        """Take this node out of the job, as planned: its agent ends once its workers have. Idempotent."""
+        if not self.leaving:
+            self.leaving = reason
+            self._do(Note(f"this node leaves: {reason}"))
+            if self.upstream is not None:
+                self._send(None, Leave(reason))
 
     def finish(self) -> None:
         """The workers ended well, and the main thread waits for the others'."""
@@ -105,7 +121,7 @@ class Agent(Leading):
         if self.upstream is not None or self.over:
             self._do(Close(said.me.node))
             return
-        self.followers[said.me.node] = Peer(said.me, now, now, said.ready, said.finished)
+        self.followers[said.me.node] = Peer(said.me, now, now, said.ready, said.finished, said.leaving)
         self._joined_at = now
         if said.finished:
             self._finished.add(said.me.node)
@@ -126,6 +142,8 @@ class Agent(Leading):
             case Finished():
                 peer.finished = True
                 self._finished.add(node)
+            case Leave():
+                peer.leaving = said.reason
             case Share():
                 self._share(said)
             case _:
@@ -135,6 +153,10 @@ class Agent(Leading):
         """From whom we follow."""
         self._upstream_heard_at = now
         match said:
+            case Pause() if self.mine is not None:
+                self._halt(said.reason)
+            case Leave():
+                self.leaving = self.leaving or said.reason
             case Stop():
                 self._kill(said.reason)
             case Go():
@@ -188,9 +210,15 @@ class Agent(Leading):
         for follower in list(self.followers):
             self._do(Close(follower))
         self.followers.clear()
-        self._change = None
+        self._change = self._pause = None
         self._do(Note(f"follows {node}"))
-        self._send(None, Join(self.me, self.ready, self.finished))
+        self._send(None, Join(self.me, self.ready, self.finished, self.leaving))
+
+    def _halt(self, reason: str) -> None:
+        if self.heeds:
+            self._do(Halt(reason))
+        else:
+            self._kill(reason)
 
     # From storage
 
@@ -218,7 +246,7 @@ class Agent(Leading):
     def _superseded(self) -> None:
         """A newer generation has begun without us."""
         self._kill("another generation has begun")
-        self._change, self._abdicated = None, False
+        self._change, self._pause, self._abdicated = None, None, False
         for follower in list(self.followers):
             self._do(Close(follower))
         self.followers.clear()
@@ -239,7 +267,7 @@ class Agent(Leading):
             return
         self.membership = membership
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
-        self.upstream, self._candidate, self._change = None, False, None
+        self.upstream, self._candidate, self._change, self._pause = None, False, None, None
         self._began_at, self._short_since, self._grow = now, None, None
         self.shared.clear()
         for peer in self.followers.values():
@@ -260,6 +288,9 @@ class Agent(Leading):
         if before is not None and now - before > self.timing.node_timeout_s:
             self._stood_still(now, now - before)
         self._drop_silent(now)
+        if self.leaving and self.ready and not self.over:
+            self._end(EXIT_LEFT, f"this node has left the job: {self.leaving}")
+            return
         if self.upstream is None and now >= self._looked_at:
             self._look(now)
         if self.leads:

@@ -43,6 +43,7 @@ class Timing:
     grow_wait_s: float = 300.0
     min_wait_s: float = 1800.0
     stop_limit_s: float = 60.0
+    pause_limit_s: float = 300.0
     seek_s: float = 0.25
     quarantine_failures: int = 2
     quarantine_window_s: float = 600.0

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from elastic.actions import Action, Close, Exit, Kill, Look, Note, Propose, Release, Seen, Send
+from elastic.actions import Action, Close, Exit, Halt, Kill, Look, Note, Propose, Release, Seen, Send
 from elastic.decide import Blame, Limits, Timing, arrange, may_take, would_grow
 from elastic.membership import Member, Membership
-from elastic.messages import Down, End, Job, Stop, Up
+from elastic.messages import Down, End, Job, Leave, Pause, Stop, Up
 
 EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
+CORDONED = "it is cordoned (`elastic cordon --undo`)"
+EXIT_LEFT = 143  # this node left as planned, and the job is not done
 EXIT_FRUITLESS = 76  # workers failed again and again, and nothing was committed in between
 
 
@@ -26,11 +28,12 @@ class Peer:
     heard_at: float
     ready: bool = False
     finished: bool = False
+    leaving: str = ""  # why it is on its way out of the job
 
 
 @dataclass
 class Change:
-    """The generation that we lead is over."""
+    """The generation that we lead is over, or is about to be."""
 
     reason: str
     began_at: float
@@ -50,6 +53,8 @@ class Leading:
     ready: bool = False
     finished: bool = False
     over: bool = False
+    leaving: str = ""  # why this node is on its way out of the job
+    heeds: bool = False  # our workers stop where they are asked to
     upstream: str | None = None
     followers: dict[str, Peer] = field(default_factory=dict)
     shared: dict[str, bytes] = field(default_factory=dict)
@@ -58,6 +63,7 @@ class Leading:
         self._out: list[Action] = []
         self._blame = Blame()
         self._change: Change | None = None
+        self._pause: Change | None = None  # its workers are asked to stop by themselves
         self._seeking = self._looking = self._proposing = self._looked = self._candidate = False
         self._hints: dict[str, Member] = {}  # whom others follow
         self._finished: set[str] = set()  # members of the generation whose workers ended well, also if gone since
@@ -96,6 +102,7 @@ class Leading:
         if not working:
             self._finish_all()
             return
+        self._dismiss(self.seen.drained)
         if self._change is None:
             idle = [m for m in self.membership.members if self._is_ready(m.node)]
             if absent:
@@ -103,8 +110,11 @@ class Leading:
                 self._begin_change(f"lost {', '.join(names)}", now)
             elif idle:
                 self._member_stopped(idle[0], False, now)
-            elif self._should_grow(now):
-                self._begin_change("larger membership", now)
+            elif self._pause is not None:
+                if now - self._pause.began_at > self.timing.pause_limit_s:
+                    self._begin_change(f"{self._pause.reason}; the workers did not stop by themselves", now)
+            elif reason := self._why_pause(now):
+                self._begin_pause(reason, now)
         if self._change is not None and self.finished:
             self._abdicate()
         elif self._change is not None:
@@ -116,7 +126,7 @@ class Leading:
     def _abdicate(self) -> None:
         """Our own workers have ended well and others must go on: whoever works on leads."""
         assert self.membership is not None
-        self._abdicated, self._change = True, None
+        self._abdicated, self._change, self._pause = True, None, None
         self._do(Look(self.membership.generation, announce=False, over=True))
         for follower in list(self.followers):
             self._do(Close(follower))
@@ -140,10 +150,42 @@ class Leading:
                 text = f"the workers failed {self._fruitless} times without a new step: see their errors above"
                 self._end_all(EXIT_FRUITLESS, text)
                 return
-        self._begin_change(f"the workers of {member.name} {'failed' if failed else 'stopped'}", now)
+        planned = self._pause is not None and not failed
+        reason = f"the workers of {member.name} {'failed' if failed else 'stopped'}"
+        self._begin_change(self._pause.reason if self._pause is not None and planned else reason, now)
+
+    def _why_pause(self, now: float) -> str:
+        """Why the generation shall end as planned, if it shall."""
+        assert self.membership is not None
+        for member in self.membership.members:
+            peer = self.followers.get(member.node)
+            leaving = self.leaving if member == self.me else peer.leaving if peer is not None else ""
+            if leaving:
+                return f"{member.name} leaves: {leaving}"
+        return "larger membership" if self._should_grow(now) else ""
+
+    def _begin_pause(self, reason: str, now: float) -> None:
+        """The workers stop at one step, save it, and say so; those that cannot are killed, as after a failure."""
+        if not self.heeds or self.mine is None:
+            self._begin_change(reason, now)
+            return
+        self._pause = Change(reason, now)
+        self._do(Note(f"generation {self.membership.generation if self.membership else 0} is to end: {reason}"))
+        for node in self._member_followers():
+            self._send(node, Pause(reason))
+        self._do(Halt(reason))
+
+    def _dismiss(self, unwanted: Collection[str]) -> None:
+        """Have followers of these names, or ourselves, leave the job."""
+        for node, peer in self.followers.items():
+            if not peer.leaving and {node, peer.member.name} & set(unwanted):
+                peer.leaving = CORDONED
+                self._send(node, Leave(CORDONED))
+        if not self.leaving and {self.me.node, self.me.name} & set(unwanted):
+            self.leaving = CORDONED
 
     def _begin_change(self, reason: str, now: float) -> None:
-        self._change = Change(reason, now)
+        self._change, self._pause = Change(reason, now), None
         self._joined_at = now
         self._do(Note(f"generation {self.membership.generation if self.membership else 0} ends: {reason}"))
         for node in self._member_followers():
@@ -151,10 +193,15 @@ class Leading:
         self._kill(reason)
 
     def _should_grow(self, now: float) -> bool:
-        """Joiners end a generation that has lasted a while, right after a commit: that loses the fewest steps."""
+        """Joiners end a generation that has lasted a while; right after a commit, if its workers must be killed."""
         assert self.membership is not None
         waiting = [
-            peer.member for peer in self.followers.values() if peer.ready and not self._is_member(peer.member.node)
+            peer.member
+            for node, peer in self.followers.items()
+            if peer.ready
+            and not peer.leaving
+            and not self._is_member(node)
+            and not {node, peer.member.name} & self.seen.cordoned
         ]
         avoid = self._avoid(now)
         if not waiting or not would_grow(
@@ -171,7 +218,7 @@ class Leading:
         if not settled:
             self._grow = (self.seen.head, since)
             return False
-        return self.seen.head != head or now - since >= self.timing.grow_wait_s
+        return self.heeds or self.seen.head != head or now - since >= self.timing.grow_wait_s
 
     # Gathering: the leader in a change, or a candidate
 
@@ -179,10 +226,11 @@ class Leading:
         """Propose the next membership, if it may be and who is to be waited for is there."""
         if self.finished:
             self._gather_finished(now)
-        if self._proposing or not self._looked or not self.ready or self.over:
+        self._dismiss(self.seen.cordoned)
+        if self._proposing or not self._looked or not self.ready or self.over or self.leaving:
             return
         self._drop_late(now)
-        ready = {node: peer.member for node, peer in self.followers.items() if peer.ready}
+        ready = {node: peer.member for node, peer in self.followers.items() if peer.ready and not peer.leaving}
         done = self._finished - {self.membership.leader if self.membership else ""}  # these will not work any more
         verdict = may_take(
             self.membership,

@@ -2,8 +2,8 @@
 
     dialling -> dialled   Hello; then, if it stays, Join
     dialled -> dialling   Welcome, Refused
-    follower -> leader    Stopped, Ready, Finished, Share, Ping
-    leader -> follower    Stop, Go, Share, End, Ping
+    follower -> leader    Stopped, Ready, Finished, Leave, Share, Ping
+    leader -> follower    Pause, Stop, Go, Leave, Share, End, Ping
 
 A leader is followed; so is a candidate, which gathers nodes while there is no leader.
 """
@@ -54,6 +54,7 @@ class Join(_Message, frozen=True):
     me: Member
     ready: bool
     finished: bool
+    leaving: str = ""
 
 
 class Stopped(_Message, frozen=True):
@@ -70,6 +71,12 @@ class Finished(_Message, frozen=True):
     """My workers ended well; I wait for the others'."""
 
 
+class Leave(_Message, frozen=True):
+    """Up: take me out of the job, as planned. Down: be taken out of it. That agent ends once its workers have."""
+
+    reason: str
+
+
 class Share(_Message, frozen=True):
     """A value that every member of the generation shall have."""
 
@@ -80,6 +87,12 @@ class Share(_Message, frozen=True):
 
 class Ping(_Message, frozen=True):
     pass
+
+
+class Pause(_Message, frozen=True):
+    """Have your workers stop where all agree, with that step saved: this generation is about to be over."""
+
+    reason: str
 
 
 class Stop(_Message, frozen=True):
@@ -99,5 +112,5 @@ class End(_Message, frozen=True):
     reason: str
 
 
-Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Share | Ping
-Down: TypeAlias = Welcome | Refused | Stop | Go | Share | End | Ping
+Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Leave | Share | Ping
+Down: TypeAlias = Welcome | Refused | Pause | Stop | Go | Leave | Share | End | Ping

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -19,13 +20,15 @@ from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import TCPStore
 
+from ckpt.board import Board
 from ckpt.errors import CkptError, Fenced
 from ckpt.keeper.courier import Courier
 from ckpt.keeper.ram import RamTier, ram_root
 from ckpt.wire import Channel, Server, serve_tcp
-from elastic.actions import Action, Close, Exit, Follow, Kill, Look, Note, Propose, Release, Seek, Send
+from elastic.actions import Action, Close, Exit, Follow, Halt, Kill, Look, Note, Propose, Release, Seek, Send
 from elastic.agent import Agent
 from elastic.hooks import Failure, Hooks
+from elastic.leading import EXIT_LEFT
 from elastic.links import Link, ask, read_all
 from elastic.membership import Member, Membership
 from elastic.messages import Hello, Join, Refused, Up
@@ -56,6 +59,7 @@ class Service:
         self._master = ""
         self._broken = False  # the workers that run, or are about to, must not
         self._exit: Exit | None = None
+        self._board: Board | None = None  # of the workers that run
         self._values: dict[str, bytes] = {}
         self._generation = 0
         # of the loop's thread alone
@@ -71,6 +75,7 @@ class Service:
         self._loop = asyncio.new_event_loop()
         self._server: Server | None = None
         self._stopping = asyncio.Event()
+        self._ticking: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="elastic", daemon=True)
 
     def start(self, host: str, port: int) -> int:
@@ -95,13 +100,29 @@ class Service:
 
     def begin(self) -> None:
         """Take part from now on: the agent's address is known."""
-        self._post(lambda: self._spawn(self._tick()))
+
+        def tick() -> None:
+            self._ticking = self._spawn(self._tick())
+
+        self._post(tick)
 
     # For the main thread
 
     @property
     def broken(self) -> bool:
         return self._broken
+
+    def new_board(self) -> str:
+        """Where the workers that start next find what they are asked."""
+        with self._changed:
+            if self._board is not None:
+                self._board.close()
+            self._board = Board()
+            return self._board.path
+
+    def leave(self, reason: str) -> None:
+        """Take this node out of the job, as planned. From any thread, or a signal handler."""
+        self._post(lambda: self._agent.leave(reason))
 
     def await_membership(self) -> tuple[Membership, str]:
         """Wait until this node works: its membership, and where the leader is. SystemExit when the job is over."""
@@ -169,6 +190,8 @@ class Service:
 
     async def _until_stopped(self) -> None:
         await self._stopping.wait()
+        if self._ticking is not None:  # what is said last of the leader's counter stands
+            self._ticking.cancel()
         leads = self._agent.leads and self._agent.membership is not None
         if leads:  # others need not wait for the counter to stand still
             done = self._exit is not None and self._exit.code == 0
@@ -203,6 +226,8 @@ class Service:
                 self._workers.kill()  # those that were being started when the generation ended
             elif self._agent.mine is not None:
                 self._watch_workers()
+                self._look_at_board()
+            self._look_for_notice()
             await asyncio.sleep(TICK_S)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
@@ -252,6 +277,25 @@ class Service:
                 self._watched.add(pid)
                 watch(pid, self._loop.add_reader, self._loop.remove_reader, self._worker_ended)
 
+    def _look_at_board(self) -> None:
+        """What the workers say of themselves."""
+        with self._changed:
+            seen = self._board.workers() if self._board is not None else []
+        running = len(self._workers.pids())
+        self._agent.heeds = 0 < running <= sum(worker.heeds for worker in seen)
+        if 0 < running <= sum(worker.paused for worker in seen):
+            self._agent.paused()
+        for worker in seen:
+            if worker.leaves is not None and not self._agent.leaving:
+                reason, deadline_s = worker.leaves
+                self._agent.leave(reason)
+                self._loop.call_later(deadline_s, self._do, Kill(f"{reason}; its time is up"))
+        self._carry_out()
+
+    def _look_for_notice(self) -> None:
+        if self._options.notice_file and not self._agent.leaving and os.path.exists(self._options.notice_file):
+            self._agent.leave(f"{self._options.notice_file} is there")
+
     def _worker_ended(self, how: Ended) -> None:
         if how.code == 128 + signal.SIGTERM:
             self._asked = True
@@ -285,6 +329,11 @@ class Service:
                 self._spawn(self._look(action))
             case Propose():
                 self._spawn(self._propose(action))
+            case Halt(reason=reason):
+                log.warning("this node's workers are to stop at one step with all others: %s", reason)
+                with self._changed:
+                    if self._board is not None:
+                        self._board.ask()
             case Kill(reason=reason):
                 self._kill(reason)
             case Release(membership=membership):
@@ -320,7 +369,8 @@ class Service:
             self._changed.notify_all()
 
     def _end(self, action: Exit) -> None:
-        (log.info if action.code == 0 else log.error)("%s", action.reason)
+        level = {0: logging.INFO, EXIT_LEFT: logging.WARNING}.get(action.code, logging.ERROR)
+        log.log(level, "%s", action.reason)
         with self._changed:
             self._exit = action
             self._broken = True

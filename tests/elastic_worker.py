@@ -1,10 +1,13 @@
 """What the tests' agents run: trains until told to stop, saves every step, and says what it does in a file of its own.
 
-    elastic_worker.py RUN EVENTS
+    elastic_worker.py RUN EVENTS [steps]
 
 Every element of the state is a function of the step, so that a state restored wrong or mixed is seen. It ends once
 EVENTS/finish exists (read by rank 0, told to all), with the exit code that stands there. With TEST_DIES in the
 environment, rank 1 of the first generation kills itself at that point of a save (`points`).
+
+With `steps` it trains in `checkpointer.steps`, saves every tenth step, and once EVENTS/leave-NODE exists the worker of
+that node has its node leave.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,32 @@ def expected(step: int) -> torch.Tensor:
     return torch.arange(1000, dtype=torch.float64) * step + step
 
 
-def main(url: str, events: Path) -> int:
+def in_steps(checkpointer: ckpt.Checkpointer, events: Path, say: Callable[..., None]) -> int:
+    """Train until told to stop; the last step."""
+    state, node = {"w": expected(0), "step": 0}, os.environ["TEST_NODE"]
+    first, left = True, False
+    for index in checkpointer.steps(1_000_000, state):
+        if first:
+            say("restored", step=index, right=bool(torch.equal(state["w"], expected(index))) and state["step"] == index)
+        first = False
+        if told_to_finish(events):
+            return index
+        if (events / f"leave-{node}").exists() and not left:
+            left = True
+            elastic.leave("a test wants it")
+        state["w"], state["step"] = expected(index + 1), index + 1
+        say("step", step=index + 1)
+        time.sleep(STEP_S)
+    return 1_000_000
+
+
+def told_to_finish(events: Path) -> bool:
+    word = torch.tensor([int((events / "finish").exists()) if dist.get_rank() == 0 else 0])
+    dist.broadcast(word, 0)
+    return bool(word)
+
+
+def main(url: str, events: Path, loop: str = "") -> int:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     with open(events / f"{os.getpid()}.jsonl", "a", buffering=1) as out:
@@ -45,14 +74,16 @@ def main(url: str, events: Path) -> int:
             name, when, nth = os.environ["TEST_DIES"].split()
             arm_worker((name, when, int(nth)))
         state = {"w": expected(0), "step": 0}
-        with ckpt.Checkpointer(url, commit_timeout_s=60) as checkpointer:
+        every = ckpt.Every(steps=10)  # heeded by `steps` alone
+        with ckpt.Checkpointer(url, every=every, commit_timeout_s=60) as checkpointer:
+            if loop == "steps":
+                say("end", step=in_steps(checkpointer, events, say))
+                return 0
             step = checkpointer.restore(state) or 0
             right = bool(torch.equal(state["w"], expected(step))) and state["step"] == step
             say("restored", step=step, right=right)
             while True:
-                word = torch.tensor([int((events / "finish").exists()) if rank == 0 else 0])
-                dist.broadcast(word, 0)
-                if int(word):
+                if told_to_finish(events):
                     break
                 step += 1
                 state["w"], state["step"] = expected(step), step
@@ -65,4 +96,4 @@ def main(url: str, events: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]))

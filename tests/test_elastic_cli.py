@@ -146,7 +146,7 @@ def view_of(reason: str) -> View:
 )
 def test_whether_there_is_a_leader_is_seen_by_its_counter(before: Any, after: Any, state: str) -> None:
     view = view_of("why")
-    found = describe("/run", view, of_start(view.holder), before, after)
+    found = describe("/run", view, of_start(view.holder), before, after, ["host-e"])
     assert found["state"] == state
     assert [(m["rank"], m["name"], m["leads"]) for m in found["members"]] == [(0, "host-a", True), (1, "host-b", False)]
     if state == "led":

@@ -39,6 +39,7 @@ ORDER = [
     "ckpt.holder",
     "ckpt.pins",
     "ckpt.wire",
+    "ckpt.board",
     "ckpt.keeper",
     "ckpt.keeper.address",
     "ckpt.keeper.orders",

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -37,6 +38,7 @@ from ckpt.saver import Options, Saver
 log = logging.getLogger("ckpt")
 
 EXIT_STOPPED = 143
+SAVE_WAITS = 2  # for room in memory, and for the commit
 
 
 class Checkpointer:
@@ -265,7 +267,8 @@ class Checkpointer:
         require_equal(self._ranks, "steps", (total, self._every))
         first = self.restore(state, required=required, fallback=fallback) or 0
         self._stop_asked = self.stopped = False
-        with OnSigterm(self._ask_to_stop), StepBar(first, total, self._ranks.rank) as advance:
+        watched = self._place.watched() if self._place is not None else contextlib.nullcontext()
+        with OnSigterm(self._ask_to_stop), watched, StepBar(first, total, self._ranks.rank) as advance:
             pending = None
             self._at(first)
             for step in range(first, total):
@@ -297,6 +300,11 @@ class Checkpointer:
             self._place.pause()
             raise SystemExit(EXIT_STOPPED)
 
+    def _saving(self) -> AbstractContextManager[None]:
+        """A save may take as long as it may take; it is no step that hangs."""
+        limit_s = SAVE_WAITS * self._commit_timeout_s
+        return self._place.phase(limit_s) if self._place is not None else contextlib.nullcontext()
+
     def _at(self, step: int) -> None:
         if self._place is not None:
             self._place.heed()
@@ -320,14 +328,16 @@ class Checkpointer:
 
     def _save_if_new(self, step: int, state: Any) -> None:
         if self._last_saved != step:
-            self.save(step, state)
+            with self._saving():
+                self.save(step, state)
 
     def _save_last(self, step: int, state: Any) -> None:
         """Nothing comes after it: it must not be left out, and must be durable before the loop ends."""
-        if self._last_saved != step:
-            self.save(step, state, blocking=True)
-        else:
-            together(self._ranks, lambda: self._saver.wait(self._commit_timeout_s))
+        with self._saving():
+            if self._last_saved != step:
+                self.save(step, state, blocking=True)
+            else:
+                together(self._ranks, lambda: self._saver.wait(self._commit_timeout_s))
 
     def _begin_signal(self, step: int) -> Callable[[], Signal]:
         due = self._every.steps is None and self._is_due(step)

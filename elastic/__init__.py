@@ -7,19 +7,21 @@
     leader      the agent that wrote the newest membership; others follow it
     candidate   an agent that gathers others while there is no leader
 
-In workers: `current`, `leave`. In agents: hooks, see `elastic.hooks`.
+In workers: `current`, `leave`, `phase`. In agents: hooks, see `elastic.hooks`.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckpt.board import Place
 from ckpt.errors import Incompatible
 
-__all__ = ["Current", "current", "leave"]
+__all__ = ["Current", "current", "leave", "phase"]
 
 FEW_RESTARTS = 1000
 
@@ -70,3 +72,19 @@ def leave(reason: str, deadline_s: float = 60.0) -> None:
     if (place := Place.of()) is None:
         raise Incompatible("no elastic agent started this process, so there is no job to leave; exit to end it")
     place.leave(reason, deadline_s)
+
+
+@contextmanager
+def phase(limit_s: float) -> Iterator[None]:
+    """What is done in here may take `limit_s` without a step: an evaluation, a first step that compiles.
+
+    A worker in `checkpointer.steps` that makes no step for much longer than it used to is taken for hung. Without an
+    elastic agent this does nothing.
+    """
+    if not 0 < limit_s < 1e9:
+        raise ValueError(f"limit_s is a number of seconds above 0, not {limit_s!r:.100}")
+    if (place := Place.of()) is None:
+        yield
+        return
+    with place.phase(limit_s):
+        yield

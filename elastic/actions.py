@@ -72,6 +72,11 @@ class Halt:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """Have the workers write their stacks; where they are is heard as `stacks`."""
+
+
+@dataclass(frozen=True)
 class Kill:
     """SIGKILL the workers, then have the main thread come back."""
 
@@ -98,7 +103,7 @@ class Note:
     text: str
 
 
-Action: TypeAlias = Send | Close | Seek | Follow | Look | Propose | Halt | Kill | Release | Exit | Note
+Action: TypeAlias = Send | Close | Seek | Follow | Look | Propose | Halt | Trace | Kill | Release | Exit | Note
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from elastic.actions import (
     Note,
     Seek,
     Seen,
+    Trace,
 )
 from elastic.leading import EXIT_LEFT, Leading, Peer
 from elastic.membership import Member, Membership
@@ -32,6 +33,8 @@ from elastic.messages import (
     Finished,
     Go,
     Hello,
+    Hung,
+    Inspect,
     Join,
     Leave,
     Pause,
@@ -39,6 +42,8 @@ from elastic.messages import (
     Ready,
     Refused,
     Share,
+    Stack,
+    Stacks,
     Stop,
     Stopped,
     Up,
@@ -54,14 +59,14 @@ class Agent(Leading):
 
     # From the main thread
 
-    def stopped(self, now: float, *, failed: bool) -> None:
-        """The workers do not run any more. `failed`: they ended by themselves, and not well."""
+    def stopped(self, now: float, *, failed: bool, step: int = 0) -> None:
+        """The workers do not run any more. `failed`: they ended by themselves, and not well, after `step` steps."""
         failed = failed and self.mine is not None
         self.mine = None
         if self.upstream is not None:
-            self._send(None, Stopped(failed))
+            self._send(None, Stopped(failed, step))
         elif self.leads and self._change is None:
-            self._member_stopped(self.me, failed, now)
+            self._member_stopped(self.me, failed, now, step)
 
     def wait(self) -> None:
         """The main thread waits for a generation, and what the workers left is settled."""
@@ -72,6 +77,22 @@ class Agent(Leading):
     def paused(self) -> None:
         """The workers have stopped where all ranks agreed, and that step is saved: nothing is lost by killing them."""
         self._kill("they stopped at an agreed step, which is saved")
+
+    def hung(self, reason: str, now: float) -> None:
+        """A worker of this node makes no step. To be said once for a set of workers."""
+        if self.mine is None:
+            return
+        if self.upstream is not None:
+            self._send(None, Hung(reason))
+        elif self.leads:
+            self._inspect(reason, now)
+
+    def stacks(self, found: tuple[Stack, ...]) -> None:
+        """Where the workers of this node are."""
+        if self.upstream is not None:
+            self._send(None, Stacks(found))
+        else:
+            self._said_stacks(self.me.node, found)
 
     def leave(self, reason: str) -> None:
         """Take this node out of the job, as planned: its agent ends once its workers have. Idempotent."""
@@ -136,7 +157,7 @@ class Agent(Leading):
         match said:
             case Stopped():
                 if self.leads and self._change is None and self._is_member(node):
-                    self._member_stopped(peer.member, said.failed, now)
+                    self._member_stopped(peer.member, said.failed, now, said.step)
             case Ready():
                 peer.ready = True
             case Finished():
@@ -144,6 +165,10 @@ class Agent(Leading):
                 self._finished.add(node)
             case Leave():
                 peer.leaving = said.reason
+            case Hung() if self.leads and self._is_member(node):
+                self._inspect(said.reason, now)
+            case Stacks():
+                self._said_stacks(node, said.found)
             case Share():
                 self._share(said)
             case _:
@@ -155,6 +180,8 @@ class Agent(Leading):
         match said:
             case Pause() if self.mine is not None:
                 self._halt(said.reason)
+            case Inspect() if self.mine is not None:
+                self._do(Trace())
             case Leave():
                 self.leaving = self.leaving or said.reason
             case Stop():
@@ -210,7 +237,7 @@ class Agent(Leading):
         for follower in list(self.followers):
             self._do(Close(follower))
         self.followers.clear()
-        self._change = self._pause = None
+        self._change = self._pause = self._inspection = None
         self._do(Note(f"follows {node}"))
         self._send(None, Join(self.me, self.ready, self.finished, self.leaving))
 
@@ -246,7 +273,7 @@ class Agent(Leading):
     def _superseded(self) -> None:
         """A newer generation has begun without us."""
         self._kill("another generation has begun")
-        self._change, self._pause, self._abdicated = None, None, False
+        self._change, self._pause, self._inspection, self._abdicated = None, None, None, False
         for follower in list(self.followers):
             self._do(Close(follower))
         self.followers.clear()
@@ -267,7 +294,8 @@ class Agent(Leading):
             return
         self.membership = membership
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
-        self.upstream, self._candidate, self._change, self._pause = None, False, None, None
+        self.upstream, self._candidate = None, False
+        self._change = self._pause = self._inspection = None
         self._began_at, self._short_since, self._grow = now, None, None
         self.shared.clear()
         for peer in self.followers.values():

@@ -132,7 +132,7 @@ class Handler(RendezvousHandler):
         os.environ["ELASTIC_URL"] = self._url
         os.environ["ELASTIC_NODES"] = ",".join(member.name for member in membership.members)
         os.environ["ELASTIC_REASON"] = membership.reason
-        os.environ["CKPT_BOARD"] = self._service.new_board()
+        os.environ["CKPT_BOARD"] = self._service.crew.begin()
         os.environ["CKPT_START"] = f"{self._run_nonce}/{membership.generation}/{membership.nonce}"
         os.environ.setdefault("CKPT_URL", self._url)
 

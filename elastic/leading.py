@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from elastic.actions import Action, Close, Exit, Halt, Kill, Look, Note, Propose, Release, Seen, Send
+from elastic.actions import Action, Close, Exit, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
 from elastic.decide import Blame, Limits, Timing, arrange, may_take, would_grow
 from elastic.membership import Member, Membership
-from elastic.messages import Down, End, Job, Leave, Pause, Stop, Up
+from elastic.messages import Down, End, Inspect, Job, Leave, Pause, Stack, Stop, Up
 
 EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
 CORDONED = "it is cordoned (`elastic cordon --undo`)"
@@ -40,6 +40,16 @@ class Change:
 
 
 @dataclass
+class Inspection:
+    """The job hangs, and we ask everybody where their workers are."""
+
+    reason: str
+    began_at: float
+    awaited: set[str]
+    found: list[Stack] = field(default_factory=list)
+
+
+@dataclass
 class Leading:
     """What an agent knows, and what it does with it once it leads, or is a candidate."""
 
@@ -64,6 +74,7 @@ class Leading:
         self._blame = Blame()
         self._change: Change | None = None
         self._pause: Change | None = None  # its workers are asked to stop by themselves
+        self._inspection: Inspection | None = None
         self._seeking = self._looking = self._proposing = self._looked = self._candidate = False
         self._hints: dict[str, Member] = {}  # whom others follow
         self._finished: set[str] = set()  # members of the generation whose workers ended well, also if gone since
@@ -79,6 +90,7 @@ class Leading:
         self._held = ""
         self._fruitless = 0  # failures in a row without a commit in between
         self._failed_at_head: tuple[str | None] | None = None
+        self._failed_at: set[int] = set()  # steps at which the workers of this row of failures were
 
     # What others may ask
 
@@ -110,6 +122,8 @@ class Leading:
                 self._begin_change(f"lost {', '.join(names)}", now)
             elif idle:
                 self._member_stopped(idle[0], False, now)
+            elif self._inspection is not None:
+                self._conclude(self._inspection, now)
             elif self._pause is not None:
                 if now - self._pause.began_at > self.timing.pause_limit_s:
                     self._begin_change(f"{self._pause.reason}; the workers did not stop by themselves", now)
@@ -126,7 +140,7 @@ class Leading:
     def _abdicate(self) -> None:
         """Our own workers have ended well and others must go on: whoever works on leads."""
         assert self.membership is not None
-        self._abdicated, self._change, self._pause = True, None, None
+        self._abdicated, self._change, self._pause, self._inspection = True, None, None, None
         self._do(Look(self.membership.generation, announce=False, over=True))
         for follower in list(self.followers):
             self._do(Close(follower))
@@ -140,19 +154,55 @@ class Leading:
             self._send(follower, End(code, reason))
         self._end(code, reason)
 
-    def _member_stopped(self, member: Member, failed: bool, now: float) -> None:
+    def _member_stopped(self, member: Member, failed: bool, now: float, step: int = 0) -> None:
         if failed:
             self._blame = self._blame.after(member.node, now)
-            fruitless = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
-            self._fruitless = self._fruitless + 1 if fruitless else 1
-            self._failed_at_head = (self.seen.head,)
-            if self._fruitless == self.timing.fruitless_limit:
-                text = f"the workers failed {self._fruitless} times without a new step: see their errors above"
-                self._end_all(EXIT_FRUITLESS, text)
+            if self._is_fruitless(step, now):
                 return
         planned = self._pause is not None and not failed
         reason = f"the workers of {member.name} {'failed' if failed else 'stopped'}"
         self._begin_change(self._pause.reason if self._pause is not None and planned else reason, now)
+
+    def _is_fruitless(self, step: int, now: float) -> bool:
+        """Count a failure; whether it was the last that the job had."""
+        again = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
+        self._fruitless = self._fruitless + 1 if again else 1
+        self._failed_at = self._failed_at | {step} if again else {step}
+        self._failed_at_head = (self.seen.head,)
+        if self._fruitless != self.timing.fruitless_limit:
+            return False
+        (same, *others) = self._failed_at
+        where = f"after step {same}, always there" if same and not others else "without a new step"
+        self._end_all(EXIT_FRUITLESS, f"the workers failed {self._fruitless} times {where}: see their errors above")
+        return True
+
+    # A hang
+
+    def _inspect(self, reason: str, now: float) -> None:
+        """Ask all members where their workers are, before they are killed."""
+        if self._change is not None or self._inspection is not None:
+            return
+        members = self._member_followers()
+        self._inspection = Inspection(reason, now, {self.me.node, *members})
+        self._do(Note(f"{reason}: all stacks are collected"))
+        for node in members:
+            self._send(node, Inspect())
+        self._do(Trace())
+
+    def _conclude(self, inspection: Inspection, now: float) -> None:
+        """Once all have said where their workers are, or had the time for it: name those that wait for nobody."""
+        late = now - inspection.began_at > self.timing.trace_limit_s
+        if inspection.awaited & {self.me.node, *self.followers} and not late:
+            return
+        busy = [f"rank {s.rank} in {s.where}" for s in sorted(inspection.found, key=lambda s: s.rank) if not s.waits]
+        named = ", ".join(busy[:8]) or "every rank that could say where it is waits in a collective"
+        if not self._is_fruitless(0, now):
+            self._begin_change(f"{inspection.reason}: {named}", now)
+
+    def _said_stacks(self, node: str, found: tuple[Stack, ...]) -> None:
+        if self._inspection is not None:
+            self._inspection.awaited.discard(node)
+            self._inspection.found += found
 
     def _why_pause(self, now: float) -> str:
         """Why the generation shall end as planned, if it shall."""
@@ -185,7 +235,7 @@ class Leading:
             self.leaving = CORDONED
 
     def _begin_change(self, reason: str, now: float) -> None:
-        self._change, self._pause = Change(reason, now), None
+        self._change, self._pause, self._inspection = Change(reason, now), None, None
         self._joined_at = now
         self._do(Note(f"generation {self.membership.generation if self.membership else 0} ends: {reason}"))
         for node in self._member_followers():

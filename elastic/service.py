@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import TCPStore
 
-from ckpt.board import Board
 from ckpt.errors import CkptError, Fenced
 from ckpt.keeper.courier import Courier
 from ckpt.keeper.ram import RamTier, ram_root
 from ckpt.wire import Channel, Server, serve_tcp
-from elastic.actions import Action, Close, Exit, Follow, Halt, Kill, Look, Note, Propose, Release, Seek, Send
+from elastic.actions import Action, Close, Exit, Follow, Halt, Kill, Look, Note, Propose, Release, Seek, Send, Trace
 from elastic.agent import Agent
+from elastic.crew import Crew
 from elastic.hooks import Failure, Hooks
 from elastic.leading import EXIT_LEFT
 from elastic.links import Link, ask, read_all
@@ -59,7 +59,7 @@ class Service:
         self._master = ""
         self._broken = False  # the workers that run, or are about to, must not
         self._exit: Exit | None = None
-        self._board: Board | None = None  # of the workers that run
+        self.crew = Crew(options.timing.hang_limit_s)
         self._values: dict[str, bytes] = {}
         self._generation = 0
         # of the loop's thread alone
@@ -111,14 +111,6 @@ class Service:
     @property
     def broken(self) -> bool:
         return self._broken
-
-    def new_board(self) -> str:
-        """Where the workers that start next find what they are asked."""
-        with self._changed:
-            if self._board is not None:
-                self._board.close()
-            self._board = Board()
-            return self._board.path
 
     def leave(self, reason: str) -> None:
         """Take this node out of the job, as planned. From any thread, or a signal handler."""
@@ -226,7 +218,7 @@ class Service:
                 self._workers.kill()  # those that were being started when the generation ended
             elif self._agent.mine is not None:
                 self._watch_workers()
-                self._look_at_board()
+                self._look_at_crew()
             self._look_for_notice()
             await asyncio.sleep(TICK_S)
 
@@ -248,7 +240,7 @@ class Service:
     # What the main thread came back with
 
     def _came_back(self, failed: bool) -> None:
-        self._agent.stopped(time.monotonic(), failed=failed and not self._asked)
+        self._agent.stopped(time.monotonic(), failed=failed and not self._asked, step=self.crew.step())
         self._spawn(self._settle())
 
     async def _settle(self) -> None:
@@ -277,19 +269,22 @@ class Service:
                 self._watched.add(pid)
                 watch(pid, self._loop.add_reader, self._loop.remove_reader, self._worker_ended)
 
-    def _look_at_board(self) -> None:
+    def _look_at_crew(self) -> None:
         """What the workers say of themselves."""
-        with self._changed:
-            seen = self._board.workers() if self._board is not None else []
-        running = len(self._workers.pids())
-        self._agent.heeds = 0 < running <= sum(worker.heeds for worker in seen)
-        if 0 < running <= sum(worker.paused for worker in seen):
+        seen = self.crew.look(len(self._workers.pids()))
+        self._agent.heeds = seen.heeds
+        if seen.paused:
             self._agent.paused()
-        for worker in seen:
-            if worker.leaves is not None and not self._agent.leaving:
-                reason, deadline_s = worker.leaves
-                self._agent.leave(reason)
-                self._loop.call_later(deadline_s, self._do, Kill(f"{reason}; its time is up"))
+        if seen.hangs:
+            self._agent.hung(seen.hangs, time.monotonic())
+        if seen.leaves is not None and not self._agent.leaving:
+            reason, deadline_s = seen.leaves
+            self._agent.leave(reason)
+            self._loop.call_later(deadline_s, self._do, Kill(f"{reason}; its time is up"))
+        self._carry_out()
+
+    async def _trace(self) -> None:
+        self._agent.stacks(await self._loop.run_in_executor(self._settling, self.crew.trace))
         self._carry_out()
 
     def _look_for_notice(self) -> None:
@@ -331,9 +326,9 @@ class Service:
                 self._spawn(self._propose(action))
             case Halt(reason=reason):
                 log.warning("this node's workers are to stop at one step with all others: %s", reason)
-                with self._changed:
-                    if self._board is not None:
-                        self._board.ask()
+                self.crew.ask()
+            case Trace():
+                self._spawn(self._trace())
             case Kill(reason=reason):
                 self._kill(reason)
             case Release(membership=membership):

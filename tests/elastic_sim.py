@@ -25,7 +25,7 @@ from elastic.agent import Agent
 from elastic.decide import Limits, Timing
 from elastic.leading import EXIT_LEFT
 from elastic.membership import Member, Membership, of_start, to_record
-from elastic.messages import Job, Join
+from elastic.messages import Job, Join, Stack
 
 TICK_S = 0.1
 TIMING = Timing(
@@ -260,6 +260,9 @@ class World:
                 if agent.mine is None:
                     raise Broken(f"{name} is asked to stop workers that do not run")
                 self.later(0.5, name, lambda g=agent.mine.generation: self.pause(g))
+            case a.Trace():
+                if self.random.random() < 0.8:
+                    self.later(0.4, name, lambda: agent.stacks((Stack(0, "here", False),)))
             case a.Kill():
                 self.later(0.2, name, lambda: agent.stopped(self.now, failed=False))
                 self.later(0.4, name, lambda: agent.wait())
@@ -470,7 +473,7 @@ def inject(world: World, chance: random.Random) -> None:
     if not names:
         return
     name, other = chance.choice(names), chance.choice(names)
-    match chance.randrange(12):
+    match chance.randrange(13):
         case 0 if len(names) > 1:
             world.kill(name)
         case 1:
@@ -478,6 +481,9 @@ def inject(world: World, chance: random.Random) -> None:
                 world.add()
         case 2 | 3:
             world.fail_workers(name)
+        case 12:
+            world.nodes[name].agent.hung("no step", world.now)
+            world.carry_out(name)
         case 4 if name != other:
             world.cut.add(frozenset((name, other)))
         case 5:

@@ -7,7 +7,7 @@ EVENTS/finish exists (read by rank 0, told to all), with the exit code that stan
 environment, rank 1 of the first generation kills itself at that point of a save (`points`).
 
 With `steps` it trains in `checkpointer.steps`, saves every tenth step, and once EVENTS/leave-NODE exists the worker of
-that node has its node leave.
+that node has its node leave. With TEST_HANGS, rank 1 hangs, once, after step 15.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,15 @@ def in_steps(checkpointer: ckpt.Checkpointer, events: Path, say: Callable[..., N
         state["w"], state["step"] = expected(index + 1), index + 1
         say("step", step=index + 1)
         time.sleep(STEP_S)
+        if os.environ.get("TEST_HANGS") and dist.get_rank() == 1 and index >= 15:
+            hang_once(events / "hung")
     return 1_000_000
+
+
+def hang_once(marker: Path) -> None:
+    if not marker.exists():
+        marker.touch()
+        threading.Event().wait()
 
 
 def told_to_finish(events: Path) -> bool:

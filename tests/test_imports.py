@@ -100,6 +100,8 @@ ORDER = [
     "elastic.network",
     "elastic.roster",
     "elastic.guard",
+    "elastic.stacks",
+    "elastic.crew",
     "elastic.workers",
     "elastic.hooks",
     "elastic.links",

@@ -112,6 +112,23 @@ def test_a_node_joins_and_then_its_host_leads_alone(tmp_path: Path) -> None:
         check_end(cluster, "b")
 
 
+def test_a_rank_that_hangs_is_named_and_the_job_starts_again(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        for name in "ab":
+            cluster.add(name, "2:2", loop=["steps"], TEST_HANGS="1", ELASTIC_HANG_LIMIT_S="5")
+        cluster.until("rank 1 hangs", (cluster.events / "hung").exists)
+        hung = cluster.generation()
+        cluster.trains({"a", "b"}, after=hung)
+        (one,) = {name for name, worker in cluster.workers(hung).items() if worker["rank"] == 1}
+        (other,) = {"a", "b"} - {one}
+        assert cluster.log_has(
+            cluster.leader(), r"ends: rank . has made no step for . s, since step .*: rank 1 in hang_once "
+        )
+        assert cluster.log_has(one, "in hang_once"), "the log has all stacks in full"
+        assert cluster.log_has(other, "in broadcast|in all_reduce|in wait")
+        check_end(cluster, "a", "b")
+
+
 def test_with_too_few_nodes_the_job_ends_in_time(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         agent = cluster.add("a", "2:3", ELASTIC_JOIN_WINDOW_S="0", ELASTIC_MIN_WAIT_S="1")

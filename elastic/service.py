@@ -34,7 +34,7 @@ from elastic.membership import Member, Membership
 from elastic.messages import Hello, Join, Refused, Up
 from elastic.options import Options
 from elastic.roster import Roster
-from elastic.workers import Ended, Workers, watch
+from elastic.workers import Ended, Workers, error_file_of, watch
 
 log = logging.getLogger("elastic")
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._store: TCPStore | None = None
         self._offered: TCPStore | None = None
-        self._watched: set[int] = set()
+        self._watched: dict[int, str] = {}  # workers, and where each writes what it failed of
         self._asked = False  # a worker ended because it was asked to
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
@@ -266,8 +266,9 @@ class Service:
     def _watch_workers(self) -> None:
         for pid in self._workers.pids():
             if pid not in self._watched:
-                self._watched.add(pid)
+                self._watched[pid] = ""
                 watch(pid, self._loop.add_reader, self._loop.remove_reader, self._worker_ended)
+            self._watched[pid] = self._watched[pid] or error_file_of(pid)
 
     def _look_at_crew(self) -> None:
         """What the workers say of themselves."""
@@ -297,7 +298,9 @@ class Service:
         elif not how.well and not self._broken:
             what = f"was killed by signal {how.signal}" if how.signal else f"exited with {how.code}"
             log.warning("worker %d %s", how.pid, what)
-            self._hooks.tell("on_worker_failure", Failure(how.pid, how.code, how.signal))
+            path = self._watched.get(how.pid, "")
+            written = path if path and os.path.exists(path) else None
+            self._hooks.tell("on_worker_failure", Failure(how.pid, how.code, how.signal, written))
 
     # What the agent wants done
 

@@ -12,11 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ckpt.agreement import Signal, on_first, require_equal, together
 from ckpt.arguments import run_id_of, step_number
+from ckpt.board import Place
 from ckpt.errors import CkptError, Incompatible
 from ckpt.figures import Reporter
 from ckpt.handle import SaveHandle
@@ -34,6 +36,9 @@ from ckpt.run import RunDirectory
 from ckpt.saver import Options, Saver
 
 log = logging.getLogger("ckpt")
+
+EXIT_STOPPED = 143
+SAVE_WAITS = 2  # for room in memory, and for the commit
 
 
 class Checkpointer:
@@ -120,6 +125,7 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._last_saved: int | None = None
         self._stop_asked = False
+        self._place = Place.of()
         self._by_hand = OnSigterm(self._ask_to_stop)
         self._closed = False
         _open.add(self)
@@ -174,12 +180,15 @@ class Checkpointer:
         return Signal.decode(self._ranks.maximum(self._signal(step, due=mine).encode()), step).due
 
     def stop_requested(self, step: int) -> bool:
-        """Whether any rank was asked to stop by SIGTERM since the first call; the same on every rank.
+        """Whether any rank was asked to stop, by SIGTERM or by its launcher; the same on every rank.
 
-        From its first call on, SIGTERM no longer ends the process: save, and leave the loop.
+        From its first call on, SIGTERM no longer ends the process: save, leave the loop, and end.
         """
         self._by_hand.__enter__()
-        return Signal.decode(self._ranks.maximum(self._signal(step).encode()), step).stop
+        self._at(step)
+        stop = Signal.decode(self._ranks.maximum(self._signal(step).encode()), step).stop
+        self.stopped = self.stopped or stop
+        return stop
 
     # Restoring
 
@@ -259,14 +268,17 @@ class Checkpointer:
         """Yield the index of each step still to run, `total` in all: restores first, saves as `every` says.
 
         Also saves at the end, and on SIGTERM: all ranks then finish one agreed step, save it, and the loop ends
-        early (exit with the usual code 143 if `stopped`). Leaving the loop by `break` does not save. `required` and
-        `fallback` as in `restore`.
+        early (exit with the usual code 143 if `stopped`). Where an elastic launcher, or another rank's SIGTERM, asks
+        for the stop, the process ends there, to be started again. Leaving the loop by `break` does not save.
+        `required` and `fallback` as in `restore`.
         """
         require_equal(self._ranks, "steps", (total, self._every))
         first = self.restore(state, required=required, fallback=fallback) or 0
         self._stop_asked = self.stopped = False
-        with OnSigterm(self._ask_to_stop), StepBar(first, total, self._ranks.rank) as advance:
+        watched = self._place.watched() if self._place is not None else contextlib.nullcontext()
+        with OnSigterm(self._ask_to_stop), watched, StepBar(first, total, self._ranks.rank) as advance:
             pending = None
+            self._at(first)
             for step in range(first, total):
                 began, saving = time.monotonic(), self._saver.saving
                 yield step
@@ -274,12 +286,11 @@ class Checkpointer:
                 self._measure(time.monotonic() - began, saving)
                 heard = pending() if pending else None
                 advance(done)
+                self._at(done)
                 if heard is not None and heard.failed:
                     self._saver.raise_together()
                 if heard is not None and heard.stop:
-                    self._save_last(done, state)
-                    log.warning("stopped after step %d on request; the step is saved", done)
-                    self.stopped = True
+                    self._stop(done, state)
                     return
                 if done == total:
                     self._save_last(done, state)
@@ -287,6 +298,25 @@ class Checkpointer:
                     self._save_if_new(done, state)
                 self._metrics.clear()  # of this step, whether it was saved or not
                 pending = self._begin_signal(done) if done < total else None
+
+    def _stop(self, done: int, state: Any) -> None:
+        """The end of a loop that was asked to stop; of the process, where only the membership changes."""
+        self._save_last(done, state)
+        log.warning("stopped after step %d on request; the step is saved", done)
+        self.stopped = True
+        if self._place is not None and not self._stop_asked:
+            self._place.pause()
+            raise SystemExit(EXIT_STOPPED)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        """A save may take as long as it may take; it is no step that hangs."""
+        limit_s = SAVE_WAITS * self._commit_timeout_s
+        return self._place.phase(limit_s) if self._place is not None else contextlib.nullcontext()
+
+    def _at(self, step: int) -> None:
+        if self._place is not None:
+            self._place.heed()
+            self._place.moved(step)
 
     def _measure(self, seconds: float, saving: bool) -> None:
         """What a step took, and each save that is durable by now: that is what `Every.auto` goes by."""
@@ -296,7 +326,7 @@ class Checkpointer:
                 self._interval.saved(*figures)
 
     stopped = False
-    """Whether `steps` ended early because a stop was requested."""
+    """Whether `steps` ended early, or `stop_requested` said so, because a stop was requested."""
 
     def _due_by_steps(self, done: int) -> bool:
         return self._every.steps is not None and self._every.due(done, 0)
@@ -306,14 +336,16 @@ class Checkpointer:
 
     def _save_if_new(self, step: int, state: Any) -> None:
         if self._last_saved != step:
-            self.save(step, state)
+            with self._saving():
+                self.save(step, state)
 
     def _save_last(self, step: int, state: Any) -> None:
         """Nothing comes after it: it must not be left out, and must be durable before the loop ends."""
-        if self._last_saved != step:
-            self.save(step, state, blocking=True)
-        else:
-            together(self._ranks, lambda: self._saver.wait(self._commit_timeout_s))
+        with self._saving():
+            if self._last_saved != step:
+                self.save(step, state, blocking=True)
+            else:
+                together(self._ranks, lambda: self._saver.wait(self._commit_timeout_s))
 
     def _begin_signal(self, step: int) -> Callable[[], Signal]:
         due = self._every.steps is None and self._is_due(step)
@@ -322,7 +354,8 @@ class Checkpointer:
         return lambda: Signal.decode(read(), step)
 
     def _signal(self, step: int, *, due: bool = False, failed: bool = False) -> Signal:
-        return Signal(step, failed=failed, due=due and self._ranks.rank == 0, stop=self._stop_asked)
+        stop = self._stop_asked or (self._place is not None and self._place.asked)
+        return Signal(step, failed=failed, due=due and self._ranks.rank == 0, stop=stop)
 
     def _ask_to_stop(self) -> None:
         self._stop_asked = True
@@ -395,6 +428,8 @@ class Checkpointer:
         self._closed = True
         self._by_hand.__exit__()
         _open.discard(self)
+        global _unfinished
+        _unfinished = _unfinished or (self.stopped and self._place is not None)
         with contextlib.suppress(Exception):
             self._saver.close(goodbye)
         with contextlib.suppress(Exception):
@@ -406,6 +441,7 @@ class Checkpointer:
 
 
 _open: set[Checkpointer] = set()  # also those that nobody refers to any more: their saves are to become durable
+_unfinished = False  # stopped on request, under a launcher that takes exit code 0 for the end of the job
 
 
 @atexit.register
@@ -417,10 +453,17 @@ def _finish() -> None:
         except CkptError as error:
             log.error("%s", error)
             print(f"ckpt: {error}", file=sys.stderr)
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
+            _exit(error.exit_code)
+    if _unfinished and not hasattr(sys, "last_value"):
+        _exit(EXIT_STOPPED)
+
+
+def _exit(code: int) -> NoReturn:
+    """End with `code`, whatever the script said."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_fencing(run: RunDirectory, strict: bool) -> None:

@@ -7,21 +7,26 @@
     leader      the agent that wrote the newest membership; others follow it
     candidate   an agent that gathers others while there is no leader
 
-In workers: `current`, and `batches` for data that does not mind the number of ranks. In agents: hooks, see
-`elastic.hooks`.
+In workers: `current`, `leave`, `phase`, and `batches` for data that does not mind the number of ranks. In agents:
+hooks, see `elastic.hooks`.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ckpt.board import Place
+from ckpt.errors import Incompatible
 
 if TYPE_CHECKING:
     from elastic.data import Batch, Batches, batches
 
-__all__ = ["Batch", "Batches", "Current", "batches", "current"]
+__all__ = ["Batch", "Batches", "Current", "batches", "current", "leave", "phase"]
 
 FEW_RESTARTS = 1000
 
@@ -67,3 +72,33 @@ def __getattr__(name: str) -> Any:
     from elastic import data
 
     return getattr(data, name)
+
+
+def leave(reason: str, deadline_s: float = 60.0) -> None:
+    """Have the node of this worker taken out of the job, as planned; returns at once, and training goes on until then.
+
+    All ranks stop at a step on which they agree, and save it; the others go on from exactly that step. What has not
+    stopped after `deadline_s` is killed. For a node that is known to end soon, or that misbehaves. `Incompatible` where
+    no elastic agent started this process.
+    """
+    if not 0 <= deadline_s < 1e9:
+        raise ValueError(f"deadline_s is a number of seconds, not {deadline_s!r:.100}")
+    if (place := Place.of()) is None:
+        raise Incompatible("no elastic agent started this process, so there is no job to leave; exit to end it")
+    place.leave(reason, deadline_s)
+
+
+@contextmanager
+def phase(limit_s: float) -> Iterator[None]:
+    """What is done in here may take `limit_s` without a step: an evaluation, a first step that compiles.
+
+    A worker in `checkpointer.steps` that makes no step for much longer than it used to is taken for hung. Without an
+    elastic agent this does nothing.
+    """
+    if not 0 < limit_s < 1e9:
+        raise ValueError(f"limit_s is a number of seconds above 0, not {limit_s!r:.100}")
+    if (place := Place.of()) is None:
+        yield
+        return
+    with place.phase(limit_s):
+        yield

@@ -65,6 +65,18 @@ class Propose:
 
 
 @dataclass(frozen=True)
+class Halt:
+    """Ask the workers to stop at a step on which all ranks agree; it is heard as `paused` when they have."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Have the workers write their stacks; where they are is heard as `stacks`."""
+
+
+@dataclass(frozen=True)
 class Kill:
     """SIGKILL the workers, then have the main thread come back."""
 
@@ -91,14 +103,15 @@ class Note:
     text: str
 
 
-Action: TypeAlias = Send | Close | Seek | Follow | Look | Propose | Kill | Release | Exit | Note
+Action: TypeAlias = Send | Close | Seek | Follow | Look | Propose | Halt | Trace | Kill | Release | Exit | Note
 
 
 @dataclass(frozen=True)
 class Seen:
     """What storage says. `counter` is compared for being equal only; `over`: the newest leader's end is certain;
 
-    `done`: the newest generation has finished the job.
+    `done`: the newest generation has finished the job. `cordoned`: names of hosts, or nodes, that shall not work any
+    more once their generation ends; `drained`: those of them that leave it at once.
     """
 
     generation: int = 0
@@ -108,3 +121,5 @@ class Seen:
     over: bool = False
     done: bool = False
     announced: tuple[Member, ...] = ()
+    cordoned: frozenset[str] = frozenset()
+    drained: frozenset[str] = frozenset()

@@ -5,8 +5,9 @@ generation, then that generation's members by rank, then newcomers by name), fol
 candidate if none does. Leader and candidate gather ready nodes; once `decide` allows it, they propose a membership,
 which exists when its record stands in the run's log. Whoever loses its leader kills its workers first.
 
-    working  --stop, failure, leader lost-->  stopping  --main thread waits-->  ready  --Go, own proposal-->  working
+    working  --stop, failure, leader lost, pause-->  stopping  --main thread waits-->  ready  --Go, proposal-->  working
     working  --workers ended well-->  finished  --End-->  over
+    ready, and leaving  -->  over
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from dataclasses import replace
 from elastic.actions import (
     Close,
     Follow,
+    Halt,
     Look,
     Note,
     Seek,
     Seen,
+    Trace,
 )
-from elastic.leading import Leading, Peer
+from elastic.leading import EXIT_LEFT, Leading, Peer
 from elastic.membership import Member, Membership
 from elastic.messages import (
     Down,
@@ -30,11 +33,17 @@ from elastic.messages import (
     Finished,
     Go,
     Hello,
+    Hung,
+    Inspect,
     Join,
+    Leave,
+    Pause,
     Ping,
     Ready,
     Refused,
     Share,
+    Stack,
+    Stacks,
     Stop,
     Stopped,
     Up,
@@ -50,20 +59,48 @@ class Agent(Leading):
 
     # From the main thread
 
-    def stopped(self, now: float, *, failed: bool) -> None:
-        """The workers do not run any more. `failed`: they ended by themselves, and not well."""
+    def stopped(self, now: float, *, failed: bool, step: int = 0) -> None:
+        """The workers do not run any more. `failed`: they ended by themselves, and not well, after `step` steps."""
         failed = failed and self.mine is not None
         self.mine = None
         if self.upstream is not None:
-            self._send(None, Stopped(failed))
+            self._send(None, Stopped(failed, step))
         elif self.leads and self._change is None:
-            self._member_stopped(self.me, failed, now)
+            self._member_stopped(self.me, failed, now, step)
 
     def wait(self) -> None:
         """The main thread waits for a generation, and what the workers left is settled."""
         self.ready = True
         if self.upstream is not None:
             self._send(None, Ready())
+
+    def paused(self) -> None:
+        """The workers have stopped where all ranks agreed, and that step is saved: nothing is lost by killing them."""
+        self._kill("they stopped at an agreed step, which is saved")
+
+    def hung(self, reason: str, now: float) -> None:
+        """A worker of this node makes no step. To be said once for a set of workers."""
+        if self.mine is None:
+            return
+        if self.upstream is not None:
+            self._send(None, Hung(reason))
+        elif self.leads:
+            self._inspect(reason, now)
+
+    def stacks(self, found: tuple[Stack, ...]) -> None:
+        """Where the workers of this node are."""
+        if self.upstream is not None:
+            self._send(None, Stacks(found))
+        else:
+            self._said_stacks(self.me.node, found)
+
+    def leave(self, reason: str) -> None:
+        """Take this node out of the job, as planned: its agent ends once its workers have. Idempotent."""
+        if not self.leaving:
+            self.leaving = reason
+            self._do(Note(f"this node leaves: {reason}"))
+            if self.upstream is not None:
+                self._send(None, Leave(reason))
 
     def finish(self) -> None:
         """The workers ended well, and the main thread waits for the others'."""
@@ -105,7 +142,7 @@ class Agent(Leading):
         if self.upstream is not None or self.over:
             self._do(Close(said.me.node))
             return
-        self.followers[said.me.node] = Peer(said.me, now, now, said.ready, said.finished)
+        self.followers[said.me.node] = Peer(said.me, now, now, said.ready, said.finished, said.leaving)
         self._joined_at = now
         if said.finished:
             self._finished.add(said.me.node)
@@ -120,12 +157,18 @@ class Agent(Leading):
         match said:
             case Stopped():
                 if self.leads and self._change is None and self._is_member(node):
-                    self._member_stopped(peer.member, said.failed, now)
+                    self._member_stopped(peer.member, said.failed, now, said.step)
             case Ready():
                 peer.ready = True
             case Finished():
                 peer.finished = True
                 self._finished.add(node)
+            case Leave():
+                peer.leaving = said.reason
+            case Hung() if self.leads and self._is_member(node):
+                self._inspect(said.reason, now)
+            case Stacks():
+                self._said_stacks(node, said.found)
             case Share():
                 self._share(said)
             case _:
@@ -135,6 +178,12 @@ class Agent(Leading):
         """From whom we follow."""
         self._upstream_heard_at = now
         match said:
+            case Pause() if self.mine is not None:
+                self._halt(said.reason)
+            case Inspect() if self.mine is not None:
+                self._do(Trace())
+            case Leave():
+                self.leaving = self.leaving or said.reason
             case Stop():
                 self._kill(said.reason)
             case Go():
@@ -188,9 +237,15 @@ class Agent(Leading):
         for follower in list(self.followers):
             self._do(Close(follower))
         self.followers.clear()
-        self._change = None
+        self._change = self._pause = self._inspection = None
         self._do(Note(f"follows {node}"))
-        self._send(None, Join(self.me, self.ready, self.finished))
+        self._send(None, Join(self.me, self.ready, self.finished, self.leaving))
+
+    def _halt(self, reason: str) -> None:
+        if self.heeds:
+            self._do(Halt(reason))
+        else:
+            self._kill(reason)
 
     # From storage
 
@@ -218,7 +273,7 @@ class Agent(Leading):
     def _superseded(self) -> None:
         """A newer generation has begun without us."""
         self._kill("another generation has begun")
-        self._change, self._abdicated = None, False
+        self._change, self._pause, self._inspection, self._abdicated = None, None, None, False
         for follower in list(self.followers):
             self._do(Close(follower))
         self.followers.clear()
@@ -239,7 +294,8 @@ class Agent(Leading):
             return
         self.membership = membership
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
-        self.upstream, self._candidate, self._change = None, False, None
+        self.upstream, self._candidate = None, False
+        self._change = self._pause = self._inspection = None
         self._began_at, self._short_since, self._grow = now, None, None
         self.shared.clear()
         for peer in self.followers.values():
@@ -260,6 +316,9 @@ class Agent(Leading):
         if before is not None and now - before > self.timing.node_timeout_s:
             self._stood_still(now, now - before)
         self._drop_silent(now)
+        if self.leaving and self.ready and not self.over:
+            self._end(EXIT_LEFT, f"this node has left the job: {self.leaving}")
+            return
         if self.upstream is None and now >= self._looked_at:
             self._look(now)
         if self.leads:

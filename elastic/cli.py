@@ -29,11 +29,13 @@ def cli() -> None:
     Examples:
       elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4     on every node
       elastic status /shared/run
+      elastic drain node7 /shared/run
 
     \b
     Exit codes of run: that of the first worker that failed, and
       0 done   11 another job has the run   75 too few nodes for too long
-      76 workers failed again and again without a new step   130/143 signals
+      76 workers failed again and again without a new step
+      130/143 signals; 143 also where this node left as planned and the job goes on
     """
 
 
@@ -96,7 +98,7 @@ def show_status(url: str, as_json: bool) -> None:
     \b
     --json prints
       {"url": str, "generation": int, "state": "led" | "no leader" | "over" | "done" | "not elastic",
-       "reason": str, "unix_s": float, "spares": [name], "quarantined": [name], "steps": [int],
+       "reason": str, "unix_s": float, "spares": [name], "quarantined": [name], "cordoned": [name], "steps": [int],
        "members": [{"rank": int, "name": str, "node": str, "addresses": [str], "leads": bool}],
        "generations": [{"generation": int, "unix_s": float, "nodes": int, "reason": str, "commits": int}]}
     """
@@ -113,7 +115,7 @@ def _print(found: Json) -> None:
             leads = "leads" if member["leads"] else ""
             members.add_row(str(member["rank"]), plain(member["name"]), plain(member["addresses"][0]), leads)
         say(members)
-    for what in ("spares", "quarantined"):
+    for what in ("spares", "quarantined", "cordoned"):
         if found[what]:
             say(f"{what}: {plain(', '.join(found[what]))}")
     say(f"newest steps: {', '.join(map(str, found['steps'])) or 'none'}")
@@ -122,6 +124,44 @@ def _print(found: Json) -> None:
         nodes = str(one["nodes"] or "-")
         history.add_row(str(one["generation"]), age(one["unix_s"]), nodes, str(one["commits"]), plain(one["reason"]))
     say(history)
+
+
+@cli.command("drain")
+@click.argument("node")
+@url_argument
+def drain(node: str, url: str) -> None:
+    """Take NODE out of the run at URL now: all ranks stop at one step, saved, and the others go on from it.
+
+    NODE is a host's name, or a node's as `elastic status --json` shows it. Its agent ends with exit code 143, and none
+    of this name joins until `elastic cordon --undo`.
+    """
+    _put(node, url, drain=True)
+    click.echo(f"{node} leaves; nothing is lost", err=True)
+
+
+@cli.command("cordon")
+@click.option("--undo", is_flag=True, help="Let agents of this name join again.")
+@click.argument("node")
+@url_argument
+def cordon(node: str, url: str, undo: bool) -> None:
+    """Let NODE work to the end of its generation, and in none after it.
+
+    NODE as in `elastic drain`.
+    """
+    if undo:
+        from ckpt.run import RunDirectory
+        from elastic.roster import remove_cordon
+
+        remove_cordon(RunDirectory.open(url), node)
+    else:
+        _put(node, url, drain=False)
+
+
+def _put(node: str, url: str, *, drain: bool) -> None:
+    from ckpt.run import RunDirectory
+    from elastic.roster import Cordon, put_cordon
+
+    put_cordon(RunDirectory.open(url), Cordon(node, drain))
 
 
 def main() -> NoReturn:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from elastic.membership import Member, Membership
 
+LEAST_HANG_S, HANG_FACTOR, MOVES_TO_LEARN = 300.0, 10, 10
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -43,6 +45,9 @@ class Timing:
     grow_wait_s: float = 300.0
     min_wait_s: float = 1800.0
     stop_limit_s: float = 60.0
+    pause_limit_s: float = 300.0
+    hang_limit_s: float = 0.0  # 0: learned
+    trace_limit_s: float = 10.0
     seek_s: float = 0.25
     quarantine_failures: int = 2
     quarantine_window_s: float = 600.0
@@ -141,3 +146,14 @@ class Blame:
         recent = [node for node, at in self.failures if now_s - at <= window_s]
         found = {node for node in recent if failures and recent.count(node) >= failures}
         return frozenset(found) if len(found) == 1 else frozenset()
+
+
+def hang_limit_s(stated_s: float, said_s: float, moves: int, longest_s: float) -> float | None:
+    """How long a worker in its loop of steps may make none; None: that is not known yet.
+
+    What it said of what it does now (`said_s`) counts most, then what the operator stated, then what was seen of this
+    run: ten times its longest step, after ten, and never less than five minutes.
+    """
+    if said_s or stated_s:
+        return said_s or stated_s
+    return max(LEAST_HANG_S, HANG_FACTOR * longest_s) if moves >= MOVES_TO_LEARN else None

@@ -9,11 +9,13 @@ Here the environment becomes an `Agent` and its `Service`; what torchrun asks is
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +99,8 @@ class Handler(RendezvousHandler):
         self._names: dict[str, str] = {}
         atexit.register(self._leave, "the process ends")
         self._left = False
+        with contextlib.suppress(ValueError):  # not in the main thread: then there is no notice by signal
+            signal.signal(signal.SIGUSR1, lambda number, frame: self._service.leave("this agent got SIGUSR1"))
 
     def get_backend(self) -> str:
         return BACKEND
@@ -128,6 +132,7 @@ class Handler(RendezvousHandler):
         os.environ["ELASTIC_URL"] = self._url
         os.environ["ELASTIC_NODES"] = ",".join(member.name for member in membership.members)
         os.environ["ELASTIC_REASON"] = membership.reason
+        os.environ["CKPT_BOARD"] = self._service.crew.begin()
         os.environ["CKPT_START"] = f"{self._run_nonce}/{membership.generation}/{membership.nonce}"
         os.environ.setdefault("CKPT_URL", self._url)
 

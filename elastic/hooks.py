@@ -55,7 +55,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Failure:
-    """How a worker ended: `exit_code`, or the `signal` that killed it. `error_file`: what it reported, if known."""
+    """How a worker ended: `exit_code`, or the `signal` that killed it.
+
+    `error_file`: the file in which it said why, if it did (`torch.distributed.elastic.multiprocessing.errors.record`);
+    torchrun removes it when the workers start again.
+    """
 
     pid: int
     exit_code: int | None

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from elastic.actions import Action, Close, Exit, Kill, Look, Note, Propose, Release, Seen, Send
+from elastic.actions import Action, Close, Exit, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
 from elastic.decide import Blame, Limits, Timing, arrange, may_take, would_grow
 from elastic.membership import Member, Membership
-from elastic.messages import Down, End, Job, Stop, Up
+from elastic.messages import Down, End, Inspect, Job, Leave, Pause, Stack, Stop, Up
 
 EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
+CORDONED = "it is cordoned (`elastic cordon --undo`)"
+EXIT_LEFT = 143  # this node left as planned, and the job is not done
 EXIT_FRUITLESS = 76  # workers failed again and again, and nothing was committed in between
 
 
@@ -26,14 +28,25 @@ class Peer:
     heard_at: float
     ready: bool = False
     finished: bool = False
+    leaving: str = ""  # why it is on its way out of the job
 
 
 @dataclass
 class Change:
-    """The generation that we lead is over."""
+    """The generation that we lead is over, or is about to be."""
 
     reason: str
     began_at: float
+
+
+@dataclass
+class Inspection:
+    """The job hangs, and we ask everybody where their workers are."""
+
+    reason: str
+    began_at: float
+    awaited: set[str]
+    found: list[Stack] = field(default_factory=list)
 
 
 @dataclass
@@ -50,6 +63,8 @@ class Leading:
     ready: bool = False
     finished: bool = False
     over: bool = False
+    leaving: str = ""  # why this node is on its way out of the job
+    heeds: bool = False  # our workers stop where they are asked to
     upstream: str | None = None
     followers: dict[str, Peer] = field(default_factory=dict)
     shared: dict[str, bytes] = field(default_factory=dict)
@@ -58,6 +73,8 @@ class Leading:
         self._out: list[Action] = []
         self._blame = Blame()
         self._change: Change | None = None
+        self._pause: Change | None = None  # its workers are asked to stop by themselves
+        self._inspection: Inspection | None = None
         self._seeking = self._looking = self._proposing = self._looked = self._candidate = False
         self._hints: dict[str, Member] = {}  # whom others follow
         self._finished: set[str] = set()  # members of the generation whose workers ended well, also if gone since
@@ -73,6 +90,7 @@ class Leading:
         self._held = ""
         self._fruitless = 0  # failures in a row without a commit in between
         self._failed_at_head: tuple[str | None] | None = None
+        self._failed_at: set[int] = set()  # steps at which the workers of this row of failures were
 
     # What others may ask
 
@@ -96,6 +114,7 @@ class Leading:
         if not working:
             self._finish_all()
             return
+        self._dismiss(self.seen.drained)
         if self._change is None:
             idle = [m for m in self.membership.members if self._is_ready(m.node)]
             if absent:
@@ -103,8 +122,13 @@ class Leading:
                 self._begin_change(f"lost {', '.join(names)}", now)
             elif idle:
                 self._member_stopped(idle[0], False, now)
-            elif self._should_grow(now):
-                self._begin_change("larger membership", now)
+            elif self._inspection is not None:
+                self._conclude(self._inspection, now)
+            elif self._pause is not None:
+                if now - self._pause.began_at > self.timing.pause_limit_s:
+                    self._begin_change(f"{self._pause.reason}; the workers did not stop by themselves", now)
+            elif reason := self._why_pause(now):
+                self._begin_pause(reason, now)
         if self._change is not None and self.finished:
             self._abdicate()
         elif self._change is not None:
@@ -116,7 +140,7 @@ class Leading:
     def _abdicate(self) -> None:
         """Our own workers have ended well and others must go on: whoever works on leads."""
         assert self.membership is not None
-        self._abdicated, self._change = True, None
+        self._abdicated, self._change, self._pause, self._inspection = True, None, None, None
         self._do(Look(self.membership.generation, announce=False, over=True))
         for follower in list(self.followers):
             self._do(Close(follower))
@@ -130,20 +154,88 @@ class Leading:
             self._send(follower, End(code, reason))
         self._end(code, reason)
 
-    def _member_stopped(self, member: Member, failed: bool, now: float) -> None:
+    def _member_stopped(self, member: Member, failed: bool, now: float, step: int = 0) -> None:
         if failed:
             self._blame = self._blame.after(member.node, now)
-            fruitless = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
-            self._fruitless = self._fruitless + 1 if fruitless else 1
-            self._failed_at_head = (self.seen.head,)
-            if self._fruitless == self.timing.fruitless_limit:
-                text = f"the workers failed {self._fruitless} times without a new step: see their errors above"
-                self._end_all(EXIT_FRUITLESS, text)
+            if self._is_fruitless(step, now):
                 return
-        self._begin_change(f"the workers of {member.name} {'failed' if failed else 'stopped'}", now)
+        planned = self._pause is not None and not failed
+        reason = f"the workers of {member.name} {'failed' if failed else 'stopped'}"
+        self._begin_change(self._pause.reason if self._pause is not None and planned else reason, now)
+
+    def _is_fruitless(self, step: int, now: float) -> bool:
+        """Count a failure; whether it was the last that the job had."""
+        again = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
+        self._fruitless = self._fruitless + 1 if again else 1
+        self._failed_at = self._failed_at | {step} if again else {step}
+        self._failed_at_head = (self.seen.head,)
+        if self._fruitless != self.timing.fruitless_limit:
+            return False
+        (same, *others) = self._failed_at
+        where = f"after step {same}, always there" if same and not others else "without a new step"
+        self._end_all(EXIT_FRUITLESS, f"the workers failed {self._fruitless} times {where}: see their errors above")
+        return True
+
+    # A hang
+
+    def _inspect(self, reason: str, now: float) -> None:
+        """Ask all members where their workers are, before they are killed."""
+        if self._change is not None or self._inspection is not None:
+            return
+        members = self._member_followers()
+        self._inspection = Inspection(reason, now, {self.me.node, *members})
+        self._do(Note(f"{reason}: all stacks are collected"))
+        for node in members:
+            self._send(node, Inspect())
+        self._do(Trace())
+
+    def _conclude(self, inspection: Inspection, now: float) -> None:
+        """Once all have said where their workers are, or had the time for it: name those that wait for nobody."""
+        late = now - inspection.began_at > self.timing.trace_limit_s
+        if inspection.awaited & {self.me.node, *self.followers} and not late:
+            return
+        busy = [f"rank {s.rank} in {s.where}" for s in sorted(inspection.found, key=lambda s: s.rank) if not s.waits]
+        named = ", ".join(busy[:8]) or "every rank that could say where it is waits in a collective"
+        if not self._is_fruitless(0, now):
+            self._begin_change(f"{inspection.reason}: {named}", now)
+
+    def _said_stacks(self, node: str, found: tuple[Stack, ...]) -> None:
+        if self._inspection is not None:
+            self._inspection.awaited.discard(node)
+            self._inspection.found += found
+
+    def _why_pause(self, now: float) -> str:
+        """Why the generation shall end as planned, if it shall."""
+        assert self.membership is not None
+        for member in self.membership.members:
+            peer = self.followers.get(member.node)
+            leaving = self.leaving if member == self.me else peer.leaving if peer is not None else ""
+            if leaving:
+                return f"{member.name} leaves: {leaving}"
+        return "larger membership" if self._should_grow(now) else ""
+
+    def _begin_pause(self, reason: str, now: float) -> None:
+        """The workers stop at one step, save it, and say so; those that cannot are killed, as after a failure."""
+        if not self.heeds or self.mine is None:
+            self._begin_change(reason, now)
+            return
+        self._pause = Change(reason, now)
+        self._do(Note(f"generation {self.membership.generation if self.membership else 0} is to end: {reason}"))
+        for node in self._member_followers():
+            self._send(node, Pause(reason))
+        self._do(Halt(reason))
+
+    def _dismiss(self, unwanted: Collection[str]) -> None:
+        """Have followers of these names, or ourselves, leave the job."""
+        for node, peer in self.followers.items():
+            if not peer.leaving and {node, peer.member.name} & set(unwanted):
+                peer.leaving = CORDONED
+                self._send(node, Leave(CORDONED))
+        if not self.leaving and {self.me.node, self.me.name} & set(unwanted):
+            self.leaving = CORDONED
 
     def _begin_change(self, reason: str, now: float) -> None:
-        self._change = Change(reason, now)
+        self._change, self._pause, self._inspection = Change(reason, now), None, None
         self._joined_at = now
         self._do(Note(f"generation {self.membership.generation if self.membership else 0} ends: {reason}"))
         for node in self._member_followers():
@@ -151,10 +243,15 @@ class Leading:
         self._kill(reason)
 
     def _should_grow(self, now: float) -> bool:
-        """Joiners end a generation that has lasted a while, right after a commit: that loses the fewest steps."""
+        """Joiners end a generation that has lasted a while; right after a commit, if its workers must be killed."""
         assert self.membership is not None
         waiting = [
-            peer.member for peer in self.followers.values() if peer.ready and not self._is_member(peer.member.node)
+            peer.member
+            for node, peer in self.followers.items()
+            if peer.ready
+            and not peer.leaving
+            and not self._is_member(node)
+            and not {node, peer.member.name} & self.seen.cordoned
         ]
         avoid = self._avoid(now)
         if not waiting or not would_grow(
@@ -171,7 +268,7 @@ class Leading:
         if not settled:
             self._grow = (self.seen.head, since)
             return False
-        return self.seen.head != head or now - since >= self.timing.grow_wait_s
+        return self.heeds or self.seen.head != head or now - since >= self.timing.grow_wait_s
 
     # Gathering: the leader in a change, or a candidate
 
@@ -179,10 +276,11 @@ class Leading:
         """Propose the next membership, if it may be and who is to be waited for is there."""
         if self.finished:
             self._gather_finished(now)
-        if self._proposing or not self._looked or not self.ready or self.over:
+        self._dismiss(self.seen.cordoned)
+        if self._proposing or not self._looked or not self.ready or self.over or self.leaving:
             return
         self._drop_late(now)
-        ready = {node: peer.member for node, peer in self.followers.items() if peer.ready}
+        ready = {node: peer.member for node, peer in self.followers.items() if peer.ready and not peer.leaving}
         done = self._finished - {self.membership.leader if self.membership else ""}  # these will not work any more
         verdict = may_take(
             self.membership,

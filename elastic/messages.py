@@ -2,8 +2,8 @@
 
     dialling -> dialled   Hello; then, if it stays, Join
     dialled -> dialling   Welcome, Refused
-    follower -> leader    Stopped, Ready, Finished, Share, Ping
-    leader -> follower    Stop, Go, Share, End, Ping
+    follower -> leader    Stopped, Ready, Finished, Leave, Hung, Stacks, Share, Ping
+    leader -> follower    Pause, Inspect, Stop, Go, Leave, Share, End, Ping
 
 A leader is followed; so is a candidate, which gathers nodes while there is no leader.
 """
@@ -54,12 +54,14 @@ class Join(_Message, frozen=True):
     me: Member
     ready: bool
     finished: bool
+    leaving: str = ""
 
 
 class Stopped(_Message, frozen=True):
-    """My workers do not run any more. `failed`: they ended by themselves, and not well."""
+    """My workers do not run any more. `failed`: they ended by themselves, and not well, `step` steps being done."""
 
     failed: bool
+    step: int = 0
 
 
 class Ready(_Message, frozen=True):
@@ -68,6 +70,12 @@ class Ready(_Message, frozen=True):
 
 class Finished(_Message, frozen=True):
     """My workers ended well; I wait for the others'."""
+
+
+class Leave(_Message, frozen=True):
+    """Up: take me out of the job, as planned. Down: be taken out of it. That agent ends once its workers have."""
+
+    reason: str
 
 
 class Share(_Message, frozen=True):
@@ -80,6 +88,36 @@ class Share(_Message, frozen=True):
 
 class Ping(_Message, frozen=True):
     pass
+
+
+class Hung(_Message, frozen=True):
+    """A worker of mine makes no step."""
+
+    reason: str
+
+
+class Stack(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank's main thread is. `waits`: in a collective, for others."""
+
+    rank: int
+    where: str
+    waits: bool
+
+
+class Stacks(_Message, frozen=True):
+    """Where my workers are; those that could not say are left out."""
+
+    found: tuple[Stack, ...]
+
+
+class Inspect(_Message, frozen=True):
+    """Have your workers say where they are: the job hangs."""
+
+
+class Pause(_Message, frozen=True):
+    """Have your workers stop where all agree, with that step saved: this generation is about to be over."""
+
+    reason: str
 
 
 class Stop(_Message, frozen=True):
@@ -99,5 +137,5 @@ class End(_Message, frozen=True):
     reason: str
 
 
-Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Share | Ping
-Down: TypeAlias = Welcome | Refused | Stop | Go | Share | End | Ping
+Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Leave | Hung | Stacks | Share | Ping
+Down: TypeAlias = Welcome | Refused | Pause | Inspect | Stop | Go | Leave | Share | End | Ping

@@ -20,6 +20,7 @@ class Options:
     port: int = 0
     store_port: int = 0
     settle_s: float = 15.0
+    notice_file: str = ""
     hooks: str = ""
     hook_limit_s: float = 60.0
 
@@ -33,6 +34,10 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_GROW_WAIT_S           joiners end it right after a commit, or after so long without one (300)
     ELASTIC_MIN_WAIT_S            with fewer nodes than MIN the job ends after so long, with exit code 75 (1800)
     ELASTIC_STOP_LIMIT_S          a node that has not stopped its workers by then is left behind (60)
+    ELASTIC_PAUSE_LIMIT_S         workers that were asked to stop for a planned change are killed after so long (300)
+    ELASTIC_HANG_LIMIT_S          a worker in its loop that makes no step for so long hangs (10 times the longest step
+                                  that was seen, at least 300)
+    ELASTIC_NOTICE_FILE           once there is a file of this name, this node leaves as planned
     ELASTIC_SETTLE_S              how long the keeper may take to store what the workers left, before a restart (15)
     ELASTIC_QUARANTINE_FAILURES   a node that is the first to fail so often is not used if others suffice (2; 0: never)
     ELASTIC_QUARANTINE_WINDOW_S   failures longer ago than this are forgotten (600)
@@ -55,6 +60,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
                 grow_wait_s=take.seconds("GROW_WAIT_S", Timing.grow_wait_s),
                 min_wait_s=take.seconds("MIN_WAIT_S", Timing.min_wait_s),
                 stop_limit_s=take.seconds("STOP_LIMIT_S", Timing.stop_limit_s),
+                hang_limit_s=take.seconds("HANG_LIMIT_S", Timing.hang_limit_s),
+                pause_limit_s=take.seconds("PAUSE_LIMIT_S", Timing.pause_limit_s),
                 quarantine_failures=take.count("QUARANTINE_FAILURES", Timing.quarantine_failures),
                 fruitless_limit=take.count("FRUITLESS_LIMIT", Timing.fruitless_limit),
                 quarantine_window_s=take.seconds("QUARANTINE_WINDOW_S", Timing.quarantine_window_s),
@@ -63,6 +70,7 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
             port=take.count("PORT", 0),
             store_port=take.count("STORE_PORT", 0),
             settle_s=take.seconds("SETTLE_S", Options.settle_s),
+            notice_file=take.text("NOTICE_FILE"),
             hooks=take.text("HOOKS"),
             hook_limit_s=take.seconds("HOOK_LIMIT_S", Options.hook_limit_s),
         )

@@ -3,6 +3,7 @@
     elastic/token            32 random bytes in hex: who can read the directory may join
     elastic/pulse.json       the leader's counter, put anew every second
     elastic/nodes/<node>.json  an agent that knows no leader
+    elastic/cordons/<name>.json  a host, or an agent, that shall not work any more
 
 Blocking; one thread at a time. Nothing is decided here.
 """
@@ -10,6 +11,7 @@ Blocking; one thread at a time. Nothing is decided here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import os
 import secrets
@@ -30,6 +32,7 @@ from elastic.membership import Member, Membership, of_start, to_record
 TOKEN = "elastic/token"
 PULSE = "elastic/pulse.json"
 NODES = "elastic/nodes"
+CORDONS = "elastic/cordons"
 FILE_LIMIT_BYTES = 16 * 1024
 ANNOUNCE_S = 5.0  # an announcement is put anew so often
 STALE_S = 60.0  # the leader removes one that did not change for so long
@@ -48,6 +51,13 @@ class Pulse(msgspec.Struct, frozen=True):
 class Announcement(msgspec.Struct, frozen=True):
     me: Member
     count: int
+
+
+class Cordon(msgspec.Struct, frozen=True):
+    """`name`: of a host, or the node name of one agent. `drain`: it leaves at once, not when its generation ends."""
+
+    name: str
+    drain: bool
 
 
 class Roster:
@@ -117,7 +127,18 @@ class Roster:
         elif view.holder is not None:  # a job without elastic has the run, or had it
             over = is_gone(view.holder)
         head = view.head.attempt if view.head else None
-        return Seen(view.generation, membership, head, repr(pulse_now), over, done, tuple(found))
+        cordons = read_cordons(self.run)
+        return Seen(
+            view.generation,
+            membership,
+            head,
+            repr(pulse_now),
+            over,
+            done,
+            tuple(found),
+            frozenset(cordon.name for cordon in cordons),
+            frozenset(cordon.name for cordon in cordons if cordon.drain),
+        )
 
     def _announce(self, wanted: bool) -> None:
         path, now = f"{NODES}/{self.me.node}.json", time.monotonic()
@@ -190,3 +211,30 @@ def read_pulse(run: RunDirectory) -> Pulse | None:
     with contextlib.suppress(NotFound, msgspec.MsgspecError):
         return msgspec.json.decode(run.store.read(PULSE, limit_bytes=FILE_LIMIT_BYTES), type=Pulse)
     return None
+
+
+def read_cordons(run: RunDirectory) -> list[Cordon]:
+    """Who shall not work any more; a damaged file counts for nobody."""
+    found = []
+    with contextlib.suppress(NotFound):
+        for name in run.store.list(CORDONS):
+            with contextlib.suppress(NotFound, msgspec.MsgspecError):
+                data = run.store.read(f"{CORDONS}/{name}", limit_bytes=FILE_LIMIT_BYTES)
+                found.append(msgspec.json.decode(data, type=Cordon))
+    return found
+
+
+def put_cordon(run: RunDirectory, cordon: Cordon) -> None:
+    """Have it heeded from the leader's next look on."""
+    run.store.put(_cordon_path(cordon.name), msgspec.json.encode(cordon))
+
+
+def remove_cordon(run: RunDirectory, name: str) -> None:
+    """Nodes of this name may work again, if they are started. Raises NotFound if there is none of this name."""
+    if not any(cordon.name == name for cordon in read_cordons(run)):
+        raise NotFound(f"{run.url}: {name} is not cordoned; `elastic status` names who is")
+    run.store.delete(_cordon_path(name))
+
+
+def _cordon_path(name: str) -> str:
+    return f"{CORDONS}/{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"  # a host's name may be no file's

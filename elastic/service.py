@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -23,15 +24,17 @@ from ckpt.errors import CkptError, Fenced
 from ckpt.keeper.courier import Courier
 from ckpt.keeper.ram import RamTier, ram_root
 from ckpt.wire import Channel, Server, serve_tcp
-from elastic.actions import Action, Close, Exit, Follow, Kill, Look, Note, Propose, Release, Seek, Send
+from elastic.actions import Action, Close, Exit, Follow, Halt, Kill, Look, Note, Propose, Release, Seek, Send, Trace
 from elastic.agent import Agent
+from elastic.crew import Crew
 from elastic.hooks import Failure, Hooks
+from elastic.leading import EXIT_LEFT
 from elastic.links import Link, ask, read_all
 from elastic.membership import Member, Membership
 from elastic.messages import Hello, Join, Refused, Up
 from elastic.options import Options
 from elastic.roster import Roster
-from elastic.workers import Ended, Workers, watch
+from elastic.workers import Ended, Workers, error_file_of, watch
 
 log = logging.getLogger("elastic")
 T = TypeVar("T")
@@ -56,6 +59,7 @@ class Service:
         self._master = ""
         self._broken = False  # the workers that run, or are about to, must not
         self._exit: Exit | None = None
+        self.crew = Crew(options.timing.hang_limit_s)
         self._values: dict[str, bytes] = {}
         self._generation = 0
         # of the loop's thread alone
@@ -65,12 +69,13 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._store: TCPStore | None = None
         self._offered: TCPStore | None = None
-        self._watched: set[int] = set()
+        self._watched: dict[int, str] = {}  # workers, and where each writes what it failed of
         self._asked = False  # a worker ended because it was asked to
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
         self._server: Server | None = None
         self._stopping = asyncio.Event()
+        self._ticking: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="elastic", daemon=True)
 
     def start(self, host: str, port: int) -> int:
@@ -95,13 +100,21 @@ class Service:
 
     def begin(self) -> None:
         """Take part from now on: the agent's address is known."""
-        self._post(lambda: self._spawn(self._tick()))
+
+        def tick() -> None:
+            self._ticking = self._spawn(self._tick())
+
+        self._post(tick)
 
     # For the main thread
 
     @property
     def broken(self) -> bool:
         return self._broken
+
+    def leave(self, reason: str) -> None:
+        """Take this node out of the job, as planned. From any thread, or a signal handler."""
+        self._post(lambda: self._agent.leave(reason))
 
     def await_membership(self) -> tuple[Membership, str]:
         """Wait until this node works: its membership, and where the leader is. SystemExit when the job is over."""
@@ -169,6 +182,8 @@ class Service:
 
     async def _until_stopped(self) -> None:
         await self._stopping.wait()
+        if self._ticking is not None:  # what is said last of the leader's counter stands
+            self._ticking.cancel()
         leads = self._agent.leads and self._agent.membership is not None
         if leads:  # others need not wait for the counter to stand still
             done = self._exit is not None and self._exit.code == 0
@@ -203,6 +218,8 @@ class Service:
                 self._workers.kill()  # those that were being started when the generation ended
             elif self._agent.mine is not None:
                 self._watch_workers()
+                self._look_at_crew()
+            self._look_for_notice()
             await asyncio.sleep(TICK_S)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
@@ -223,7 +240,7 @@ class Service:
     # What the main thread came back with
 
     def _came_back(self, failed: bool) -> None:
-        self._agent.stopped(time.monotonic(), failed=failed and not self._asked)
+        self._agent.stopped(time.monotonic(), failed=failed and not self._asked, step=self.crew.step())
         self._spawn(self._settle())
 
     async def _settle(self) -> None:
@@ -249,8 +266,31 @@ class Service:
     def _watch_workers(self) -> None:
         for pid in self._workers.pids():
             if pid not in self._watched:
-                self._watched.add(pid)
+                self._watched[pid] = ""
                 watch(pid, self._loop.add_reader, self._loop.remove_reader, self._worker_ended)
+            self._watched[pid] = self._watched[pid] or error_file_of(pid)
+
+    def _look_at_crew(self) -> None:
+        """What the workers say of themselves."""
+        seen = self.crew.look(len(self._workers.pids()))
+        self._agent.heeds = seen.heeds
+        if seen.paused:
+            self._agent.paused()
+        if seen.hangs:
+            self._agent.hung(seen.hangs, time.monotonic())
+        if seen.leaves is not None and not self._agent.leaving:
+            reason, deadline_s = seen.leaves
+            self._agent.leave(reason)
+            self._loop.call_later(deadline_s, self._do, Kill(f"{reason}; its time is up"))
+        self._carry_out()
+
+    async def _trace(self) -> None:
+        self._agent.stacks(await self._loop.run_in_executor(self._settling, self.crew.trace))
+        self._carry_out()
+
+    def _look_for_notice(self) -> None:
+        if self._options.notice_file and not self._agent.leaving and os.path.exists(self._options.notice_file):
+            self._agent.leave(f"{self._options.notice_file} is there")
 
     def _worker_ended(self, how: Ended) -> None:
         if how.code == 128 + signal.SIGTERM:
@@ -258,7 +298,9 @@ class Service:
         elif not how.well and not self._broken:
             what = f"was killed by signal {how.signal}" if how.signal else f"exited with {how.code}"
             log.warning("worker %d %s", how.pid, what)
-            self._hooks.tell("on_worker_failure", Failure(how.pid, how.code, how.signal))
+            path = self._watched.get(how.pid, "")
+            written = path if path and os.path.exists(path) else None
+            self._hooks.tell("on_worker_failure", Failure(how.pid, how.code, how.signal, written))
 
     # What the agent wants done
 
@@ -285,6 +327,11 @@ class Service:
                 self._spawn(self._look(action))
             case Propose():
                 self._spawn(self._propose(action))
+            case Halt(reason=reason):
+                log.warning("this node's workers are to stop at one step with all others: %s", reason)
+                self.crew.ask()
+            case Trace():
+                self._spawn(self._trace())
             case Kill(reason=reason):
                 self._kill(reason)
             case Release(membership=membership):
@@ -320,7 +367,8 @@ class Service:
             self._changed.notify_all()
 
     def _end(self, action: Exit) -> None:
-        (log.info if action.code == 0 else log.error)("%s", action.reason)
+        level = {0: logging.INFO, EXIT_LEFT: logging.WARNING}.get(action.code, logging.ERROR)
+        log.log(level, "%s", action.reason)
         with self._changed:
             self._exit = action
             self._broken = True

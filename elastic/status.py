@@ -8,7 +8,7 @@ from typing import Any
 from ckpt.log import View
 from ckpt.run import RunDirectory
 from elastic.membership import Membership, of_start
-from elastic.roster import Pulse, read_pulse
+from elastic.roster import Pulse, read_cordons, read_pulse
 
 WATCH_S = 2.5  # the counter moves every second
 
@@ -23,11 +23,17 @@ def status(url: str, *, watch_s: float = WATCH_S) -> dict[str, Any]:
     membership = of_start(view.holder)
     if membership is not None and not (before is not None and before.over):
         time.sleep(watch_s)
-    return describe(run.url, view, membership, before, read_pulse(run))
+    cordoned = sorted(cordon.name for cordon in read_cordons(run))
+    return describe(run.url, view, membership, before, read_pulse(run), cordoned)
 
 
 def describe(
-    url: str, view: View, membership: Membership | None, before: Pulse | None, after: Pulse | None
+    url: str,
+    view: View,
+    membership: Membership | None,
+    before: Pulse | None,
+    after: Pulse | None,
+    cordoned: list[str],
 ) -> dict[str, Any]:
     """`status` from what was read: the log, and the leader's counter twice."""
     own = after if after is not None and membership is not None and after.node == membership.leader else None
@@ -54,6 +60,7 @@ def describe(
         else [],
         "spares": list(own.waiting) if own else [],
         "quarantined": list(own.avoided) if own else [],
+        "cordoned": cordoned,
         "steps": [commit.step for commit in view.lineage()][-5:],
         "generations": [
             {

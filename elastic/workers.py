@@ -85,6 +85,16 @@ def look_at(pid: int) -> Ended | None:
     return Ended(pid, None if killed else found.si_status, found.si_status if killed else None)
 
 
+def error_file_of(pid: int) -> str:
+    """Where the worker `pid` writes what it failed of, if its script is decorated for that; empty: not known (yet)."""
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = entry.partition(b"=")
+            if name == b"TORCHELASTIC_ERROR_FILE":
+                return os.fsdecode(value)
+    return ""
+
+
 def watch(pid: int, add_reader: Callable[..., None], remove_reader: Callable[[int], object],
           ended: Callable[[Ended], None]) -> None:  # fmt: skip
     """Call `ended` once the child `pid` has ended, if torchrun does not collect it first."""

@@ -28,7 +28,14 @@ class Agent:
     """One torchrun. `name` is what its workers and its log are known by."""
 
     def __init__(
-        self, cluster: Cluster, name: str, nnodes: str, before: Sequence[str], run_id: str, more: dict[str, str]
+        self,
+        cluster: Cluster,
+        name: str,
+        nnodes: str,
+        before: Sequence[str],
+        run_id: str,
+        loop: Sequence[str],
+        more: dict[str, str],
     ) -> None:
         self.name = name
         self.log = cluster.folder / f"{name}.log"
@@ -54,7 +61,7 @@ class Agent:
             *before, sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "elastic",
             "--rdzv-endpoint", str(cluster.run), "--max-restarts", "1000000", "--nnodes", nnodes,
             *(["--rdzv-id", run_id] if run_id else []), "--nproc-per-node", "1",
-            str(cluster.worker), str(cluster.run), str(cluster.events),
+            str(cluster.worker), str(cluster.run), str(cluster.events), *loop,
         ]  # fmt: skip
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -85,9 +92,18 @@ class Cluster:
         self.mark = uuid.uuid4().hex
         self.agents: dict[str, Agent] = {}
 
-    def add(self, name: str, nnodes: str, *, before: Sequence[str] = (), run_id: str = "job", **more: str) -> Agent:
-        """Start an agent; `more` is its environment, `before` stands before its command."""
-        self.agents[name] = Agent(self, name, nnodes, before, run_id, more)
+    def add(
+        self,
+        name: str,
+        nnodes: str,
+        *,
+        before: Sequence[str] = (),
+        run_id: str = "job",
+        loop: Sequence[str] = (),
+        **more: str,
+    ) -> Agent:
+        """Start an agent; `more` is its environment, `before` stands before its command, `loop` after the worker's."""
+        self.agents[name] = Agent(self, name, nnodes, before, run_id, loop, more)
         return self.agents[name]
 
     # What the workers said

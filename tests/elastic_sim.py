@@ -7,7 +7,8 @@ The agents are the real ones (`elastic.agent.Agent`); here are only their surrou
   members run their workers and reach each other), unless the older one's leader cannot reach storage;
 - nobody takes the run from a leader whose counter moves, but more than half of its members;
 - no commit counts that was made after a newer generation had begun;
-- once faults stop, all nodes that live work together, or the job has ended on all of them.
+- workers that were asked to stop do so only together, as one all-reduce decides it;
+- once faults stop, all nodes that live work together, or the job has ended on all of them; who was to leave has left.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from ckpt.records import Commit, Entry, attempt_name
 from elastic import actions as a
 from elastic.agent import Agent
 from elastic.decide import Limits, Timing
+from elastic.leading import EXIT_LEFT
 from elastic.membership import Member, Membership, of_start, to_record
-from elastic.messages import Job, Join
+from elastic.messages import Job, Join, Stack
 
 TICK_S = 0.1
 TIMING = Timing(
@@ -33,6 +35,7 @@ TIMING = Timing(
     grow_wait_s=5,
     min_wait_s=1e9,
     stop_limit_s=10,
+    pause_limit_s=6,
     quarantine_window_s=20,
     fruitless_limit=0,
 )
@@ -56,6 +59,7 @@ class Node:
     probes: set[str] = field(default_factory=set)
     done: int | None = None
     finished_work: bool = False
+    asked: bool = False  # its workers are to stop
 
 
 class World:
@@ -73,6 +77,9 @@ class World:
         self.nodes: dict[str, Node] = {}
         self.trace: list[str] = []
         self.overlap_since = self.now
+        self.heeds = self.random.random() < 0.7  # whether workers stop where they are asked to
+        self.cordoned: set[str] = set()
+        self.drained: set[str] = set()
         for _ in range(nodes):
             self.add()
 
@@ -155,6 +162,34 @@ class World:
             self.carry_out(name)
             self.later(0.3, name, lambda: node.agent.wait())
 
+    def leave(self, name: str) -> None:
+        """A notice, or (half of the time) an operator."""
+        self.note(name, "is to leave")
+        match self.random.randrange(4):
+            case 0:
+                self.cordoned.add(name)
+            case 1:
+                self.cordoned.add(name)
+                self.drained.add(name)
+            case _:
+                self.nodes[name].agent.leave("notice")
+                self.carry_out(name)
+
+    def pause(self, generation: int) -> None:
+        """All workers of a generation come to the same step, if all of them still run and reach each other."""
+        together = [
+            (name, n) for name, n in self.nodes.items() if n.agent.mine and n.agent.mine.generation == generation
+        ]
+        membership = together[0][1].agent.mine if together else None
+        names = {name for name, node in together if node.alive and not node.frozen}
+        apart = any(not self.reach(x, y) for x in names for y in names if x != y)
+        if membership is None or names != set(membership.nodes) or apart or not any(n.asked for _, n in together):
+            return
+        for name, node in together:
+            self.later(
+                self.random.random() * 0.3, name, lambda n=node, m=membership: n.agent.mine == m and n.agent.paused()
+            )
+
     def finish(self) -> None:
         """The workers of the newest generation reach their last step, a little apart."""
         for name, node in self.nodes.items():
@@ -220,6 +255,14 @@ class World:
                 self.later(self.latency(), name, lambda: self.look(name, node, action))
             case a.Propose():
                 self.later(self.latency(), name, lambda: self.propose(name, node, action))
+            case a.Halt():
+                node.asked = True
+                if agent.mine is None:
+                    raise Broken(f"{name} is asked to stop workers that do not run")
+                self.later(0.5, name, lambda g=agent.mine.generation: self.pause(g))
+            case a.Trace():
+                if self.random.random() < 0.8:
+                    self.later(0.4, name, lambda: agent.stacks((Stack(0, "here", False),)))
             case a.Kill():
                 self.later(0.2, name, lambda: agent.stopped(self.now, failed=False))
                 self.later(0.4, name, lambda: agent.wait())
@@ -229,9 +272,14 @@ class World:
                 standing = next(s for s in self.view.starts if s.nonce == membership.nonce)
                 if of_start(standing) != membership:
                     raise Broken(f"generation {membership.generation} has two memberships")
+                node.asked, agent.heeds = False, self.heeds
             case a.Exit(code=code):
                 node.done = code
-                if action.code == 0 and agent.leads:
+                if code == EXIT_LEFT:
+                    if not agent.leaving:
+                        raise Broken(f"{name} has left, and nobody wanted it to")
+                    self.later(0.6, name, lambda: self.kill(name))
+                if code in (0, EXIT_LEFT) and agent.leads:
                     self.counter = (f"over {self.view.generation}", self.count)
                 for other in self.nodes:
                     self.later(0.5, name, lambda o=other: self.break_link(name, o))
@@ -289,6 +337,7 @@ class World:
             a.Seen(
                 self.view.generation, membership, self.view.head.attempt if self.view.head else None,
                 str(self.counter), over, False, tuple(self.announced.values()),
+                frozenset(self.cordoned), frozenset(self.drained),
             ),
             self.now,
         )  # fmt: skip
@@ -347,6 +396,10 @@ class World:
     def settled(self) -> bool:
         """Whether all that live work in the newest generation, or wait as spares of it, or have ended."""
         alive = {name: node for name, node in self.nodes.items() if node.alive}
+        if any(node.agent.leaving and node.done is None for node in alive.values()):
+            return False
+        if any(name in self.drained and node.agent.mine is not None for name, node in alive.items()):
+            return False
         if all(node.done is not None for node in alive.values()):
             return True
         membership = of_start(self.view.holder)
@@ -420,7 +473,7 @@ def inject(world: World, chance: random.Random) -> None:
     if not names:
         return
     name, other = chance.choice(names), chance.choice(names)
-    match chance.randrange(11):
+    match chance.randrange(13):
         case 0 if len(names) > 1:
             world.kill(name)
         case 1:
@@ -428,6 +481,9 @@ def inject(world: World, chance: random.Random) -> None:
                 world.add()
         case 2 | 3:
             world.fail_workers(name)
+        case 12:
+            world.nodes[name].agent.hung("no step", world.now)
+            world.carry_out(name)
         case 4 if name != other:
             world.cut.add(frozenset((name, other)))
         case 5:
@@ -437,6 +493,8 @@ def inject(world: World, chance: random.Random) -> None:
             world.cut.clear()
         case 7:
             world.nodes[name].frozen = not world.nodes[name].frozen
+        case 11 if len(names) > 1:
+            world.leave(name)
         case 8:
             world.nodes[name].storage = not world.nodes[name].storage
         case _:
@@ -445,5 +503,6 @@ def inject(world: World, chance: random.Random) -> None:
 
 def heal(world: World) -> None:
     world.cut.clear()
+    world.cordoned = set(world.drained)
     for node in world.nodes.values():
         node.frozen, node.storage = False, True

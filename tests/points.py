@@ -18,7 +18,11 @@ from typing import Any
 Point = tuple[str, str, int]
 """Name of the call, "before" or "after", and which call of it."""
 
-WORKER = {"copy": ("ckpt.stage", "Copy._copy"), "copied": ("ckpt.keeper.courier", "Pending.copied")}
+WORKER = {
+    "order": ("ckpt.keeper.courier", "Courier.begin"),
+    "copy": ("ckpt.stage", "Copy._copy"),
+    "copied": ("ckpt.keeper.courier", "Pending.copied"),
+}
 KEEPER = {
     "create": ("ckpt.direct", "create"),
     "write": ("ckpt.direct", "write_all"),

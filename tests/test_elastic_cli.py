@@ -33,7 +33,7 @@ def elastic(folder: Path, *arguments: str, **more: str) -> subprocess.Popen[str]
     )  # fmt: skip
 
 
-def end_of(process: subprocess.Popen[str], deadline_s: float = 60) -> tuple[int, str]:
+def end_of(process: subprocess.Popen[str], deadline_s: float = 180) -> tuple[int, str]:
     try:
         said, _ = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
@@ -58,9 +58,26 @@ def test_a_job_ends_with_0_and_its_workers_know_their_generation(tmp_path: Path)
 
 
 def test_workers_that_fail_again_and_again_end_the_job(tmp_path: Path) -> None:
-    more = {"ELASTIC_JOIN_WINDOW_S": "0", "ELASTIC_FRUITLESS_LIMIT": "2"}
-    code, said = end_of(elastic(tmp_path, "run", "run", "--", script(tmp_path, "raise SystemExit(7)"), **more))
+    text = """
+from torch.distributed.elastic.multiprocessing.errors import record
+
+@record
+def main():
+    raise ValueError("boom")
+
+main()
+"""
+    hooks = tmp_path / "hooks.py"
+    hooks.write_text(
+        "class Told:\n"
+        "    def on_worker_failure(self, failure):\n"
+        "        open('failed', 'a').write(open(failure.error_file).read())\n"
+    )
+    more = {"ELASTIC_JOIN_WINDOW_S": "0", "ELASTIC_FRUITLESS_LIMIT": "2", "ELASTIC_HOOKS": "hooks:Told"}
+    more["PYTHONPATH"] = f"{ROOT}:{tmp_path}"
+    code, said = end_of(elastic(tmp_path, "run", "run", "--", script(tmp_path, text), **more))
     assert code == 76, said
+    assert "ValueError: boom" in (tmp_path / "failed").read_text(), said
     assert "failed 2 times without a new step" in said
     assert RunDirectory.open(tmp_path / "run").log.read().generation == 2
 
@@ -146,7 +163,7 @@ def view_of(reason: str) -> View:
 )
 def test_whether_there_is_a_leader_is_seen_by_its_counter(before: Any, after: Any, state: str) -> None:
     view = view_of("why")
-    found = describe("/run", view, of_start(view.holder), before, after)
+    found = describe("/run", view, of_start(view.holder), before, after, ["host-e"])
     assert found["state"] == state
     assert [(m["rank"], m["name"], m["leads"]) for m in found["members"]] == [(0, "host-a", True), (1, "host-b", False)]
     if state == "led":

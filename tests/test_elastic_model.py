@@ -70,6 +70,8 @@ def never(*args: Any, **kwargs: Any) -> bool:
         (Agent, "_drop_silent", lambda self, now: None),
         (leading, "would_grow", never),
         (Agent, "_abdicate", lambda self: None),
+        (Agent, "_why_pause", lambda self, now: ""),
+        (Agent, "_dismiss", lambda self, unwanted: None),
     ],
     ids=[
         "anybody may",
@@ -79,6 +81,8 @@ def never(*args: Any, **kwargs: Any) -> bool:
         "never silent",
         "never grows",
         "clings",
+        "nobody leaves",
+        "no cordon",
     ],
 )
 def test_a_broken_rule_is_found(

@@ -8,8 +8,9 @@ import os
 import time
 from pathlib import Path
 
+from ckpt.keeper.coordinator import GRACE_S, Ledger
 from ckpt.keeper.node import Node, Snapshot
-from ckpt.keeper.orders import Job, Order, Outcome, ToCoordinator, ToWorker
+from ckpt.keeper.orders import Job, Order, Ordered, Outcome, ToCoordinator, ToWorker
 from ckpt.keeper.persist import Copying, Memory
 from ckpt.keeper.ram import RamTier
 from ckpt.run import RunDirectory
@@ -63,3 +64,39 @@ def test_a_ram_directory_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
     tier = RamTier(str(tmp_path / "not" / "there"), "nonce")
     tier.make()
     assert tier.exists()
+
+
+def test_a_new_start_does_not_wait_for_a_rank_whose_node_has_no_worker_left() -> None:
+    """Rank 1 was killed between the word among the ranks and its order: nobody can bring its part."""
+
+    def ledger_with(*ordered: tuple[str, str, int]) -> Ledger:
+        ledger = Ledger()
+        for attempt, node, rank in ordered:
+            job = Job(attempt, int(attempt[:9]), int(attempt[:9]), 1, "nonce", 2, 600.0, False)
+            ledger.ordered(node, Ordered(job, rank, 1, b"", None), now=0.0)
+        return ledger
+
+    first, second = ATTEMPT, "000000002.aa"
+    both = ledger_with((first, "a", 0), (first, "b", 1), (second, "a", 0))
+    both.settling_since = 1.0
+    both.quiet("a")
+    assert not both.tick(1.0, {"a", "b"}), "a worker of b may still order"
+    both.quiet("b")
+    assert not both.tick(1.0, {"a"}), "b is away, and may have more"
+    (failed,) = both.tick(1.0, {"a", "b"})
+    assert isinstance(failed, Outcome)
+    assert failed.attempt == second, "what both have ordered goes on"
+
+    unknown = ledger_with((second, "a", 0))
+    unknown.settling_since = 1.0
+    unknown.quiet("a")
+    assert not unknown.tick(1.0, {"a", "b"}), "of b nothing is known"
+    assert unknown.tick(1.1 + GRACE_S, {"a", "b"})
+
+    again = ledger_with((first, "a", 0), (first, "b", 1), (second, "a", 0))
+    again.settling_since = 1.0
+    again.quiet("a")
+    again.quiet("b")
+    job = Job("000000003.aa", 3, 3, 1, "nonce", 2, 600.0, False)
+    again.ordered("b", Ordered(job, 1, 1, b"", None), now=1.0)
+    assert not again.tick(1.0, {"a", "b"}), "b has come back"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from states import model, train
 
 import ckpt
 from ckpt import Checkpointer, Every
+from ckpt import checkpointer as checkpointer_module
+from ckpt.board import Board
 
 
 def run(path: Path, total: int, every: Every, stop_at: int | None = None) -> tuple[list[int], list[int]]:
@@ -113,3 +117,55 @@ def test_a_run_that_is_interrupted_equals_one_that_is_not(tmp_path: Path) -> Non
     whole = go(tmp_path / "whole", 14, seed=0)
     first = go(tmp_path / "cut", 8, seed=0)
     assert first + go(tmp_path / "cut", 14, seed=1) == whole
+
+
+# Under a launcher
+
+
+def test_a_loop_that_its_launcher_pauses_saves_and_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, ran = Board(), []
+    monkeypatch.setenv("CKPT_BOARD", board.path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(checkpointer_module, "_unfinished", False)  # the exit code of these tests is their own
+
+    def job() -> None:
+        with Checkpointer(tmp_path, every=Every(steps=100)) as checkpointer:
+            for step in checkpointer.steps(9, {"n": 0}):
+                ran.append(step)
+                (worker,) = board.workers()
+                assert (worker.heeds, worker.paused, worker.step) == (True, False, step)
+                if step == 2:
+                    board.ask()
+
+    with pytest.raises(SystemExit) as ended:
+        job()
+    monkeypatch.delenv("CKPT_BOARD")
+    assert ended.value.code == 143
+    assert ran == [0, 1, 2, 3], "the step after the one in which it was asked"
+    assert board.workers()[0].paused
+    assert Checkpointer(tmp_path).all_steps() == [4]
+    board.close()
+
+
+@pytest.mark.parametrize(("asked", "code"), [(True, 143), (False, 0)])
+def test_a_script_that_was_asked_to_stop_has_not_done_its_job(tmp_path: Path, asked: bool, code: int) -> None:
+    """It ends with 0 by itself, which would be the end of the job for all."""
+    text = """
+import ckpt
+with ckpt.Checkpointer("run") as checkpointer:
+    for step in range(1, 4):
+        if checkpointer.stop_requested(step):
+            checkpointer.save(step, {"n": step})
+            break
+"""
+    (tmp_path / "script.py").write_text(text)
+    board = Board()
+    if asked:
+        board.ask()
+    more = {"CKPT_BOARD": board.path, "LOCAL_RANK": "0", "PYTHONPATH": str(Path(ckpt.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "script.py"], env={**os.environ, **more}, cwd=tmp_path, timeout=60)
+    assert done.returncode == code
+    assert Checkpointer(tmp_path / "run").all_steps() == ([1] if asked else [])
+    board.close()

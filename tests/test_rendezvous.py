@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 from agents import Cluster
@@ -45,15 +43,13 @@ def check_end(cluster: Cluster, *alive: str) -> None:
 def test_a_worker_and_then_the_leader_are_killed(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         for name in "abc":
-            hooks = {"ELASTIC_HOOKS": "elastic_hooks:Told", "TEST_TOLD": str(tmp_path / f"{name}.told")}
-            cluster.add(name, "1:3", TEST_LOADERS="1", **hooks)
-        first = cluster.trains({"a", "b", "c"})
-        ranks = {name: worker["rank"] for name, worker in cluster.workers(first).items()}
-
-        victim = next(name for name, rank in ranks.items() if rank == 1)
-        at = cluster.last_step()
-        os.kill(cluster.pid_of_worker(victim, first), signal.SIGKILL)
-        second = cluster.trains({"a", "b", "c"}, after=first)
+            told = {"ELASTIC_HOOKS": "elastic_hooks:Told", "TEST_TOLD": str(tmp_path / f"{name}.told")}
+            cluster.add(name, "1:3", TEST_DIES="order before 5", TEST_LOADERS="1", **told)
+        second = cluster.trains({"a", "b", "c"}, after=1)
+        ranks = {name: worker["rank"] for name, worker in cluster.workers(1).items()}
+        at = cluster.last_step(1)
+        late = [name for name in "abc" if cluster.log_has(name, "may be lost")]
+        assert not late, f"the keepers of {late} waited for a rank that could not come any more"
         assert {name: worker["rank"] for name, worker in cluster.workers(second).items()} == ranks
         begun = {worker["step"] for worker in cluster.workers(second).values()}
         assert len(begun) == 1
@@ -129,6 +125,23 @@ def test_a_node_joins_and_then_its_host_leads_alone(tmp_path: Path) -> None:
         cluster.trains({"b"}, after=second)
         assert cluster.log_has("b", "counter stood still"), "one of two waits until the leader's counter stands still"
         check_end(cluster, "b")
+
+
+def test_a_rank_that_hangs_is_named_and_the_job_starts_again(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        for name in "ab":
+            cluster.add(name, "2:2", loop=["steps"], TEST_HANGS="1", ELASTIC_HANG_LIMIT_S="5")
+        cluster.until("rank 1 hangs", (cluster.events / "hung").exists)
+        hung = cluster.generation()
+        cluster.trains({"a", "b"}, after=hung)
+        (one,) = {name for name, worker in cluster.workers(hung).items() if worker["rank"] == 1}
+        (other,) = {"a", "b"} - {one}
+        assert cluster.log_has(
+            cluster.leader(), r"ends: rank . has made no step for . s, since step .*: rank 1 in hang_once "
+        )
+        assert cluster.log_has(one, "in hang_once"), "the log has all stacks in full"
+        assert cluster.log_has(other, "in broadcast|in all_reduce|in wait")
+        check_end(cluster, "a", "b")
 
 
 def test_with_too_few_nodes_the_job_ends_in_time(tmp_path: Path) -> None:

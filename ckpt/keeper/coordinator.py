@@ -68,6 +68,9 @@ class Ledger:
         self.open: dict[str, Attempt] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.settling_since: float | None = None
+        self._generation = 0
+        self._ranks_on: dict[str, int] = {}  # by each node that ordered anything in this generation
+        self._quiet: set[str] = set()  # nodes whose workers are gone
 
     def ordered(self, node: str, said: Ordered, now: float) -> list[Action]:
         if known := self.outcomes.get(said.job.attempt):
@@ -77,10 +80,28 @@ class Ledger:
         if said.job != attempt.job:
             return self._fail(attempt, "SaveFailed", f"rank {said.rank} describes {said.job.attempt} differently")
         attempt.nodes[said.rank] = node
+        self._note(node, said)
         if said.summary is not None:
             attempt.summary, attempt.layouts = said.summary, said.layouts
         again: list[Action] = [Persist(said.job.attempt)] if attempt.persisting else []
         return again + self._advance()
+
+    def _note(self, node: str, said: Ordered) -> None:
+        if said.job.generation > self._generation:
+            self._generation = said.job.generation
+            self._ranks_on, self._quiet = {}, set()
+        if said.job.generation == self._generation:
+            self._ranks_on[node] = said.local_world
+            self._quiet.discard(node)
+
+    def quiet(self, node: str) -> None:
+        """No worker of `node` will order anything more, unless it says so by ordering."""
+        self._quiet.add(node)
+
+    def _is_quiet(self, attempt: Attempt, here: set[str]) -> bool:
+        """Whether every node of the attempt's generation is here, and none will order what it has not."""
+        whole = sum(self._ranks_on.values()) == attempt.job.world_size
+        return whole and attempt.job.generation == self._generation and self._ranks_on.keys() <= here & self._quiet
 
     def sealed(self, said: Sealed) -> list[Action]:
         attempt = self.open.get(said.attempt)
@@ -113,6 +134,7 @@ class Ledger:
         """Deadlines; and, once a new start waits, attempts that lack ranks whose workers or keepers are gone."""
         late: list[Action] = []
         here = set(connected)
+        settling = self.settling_since is not None
         waited = self.settling_since is not None and now > self.settling_since + GRACE_S
         for attempt in list(self.open.values()):
             if attempt.committing:
@@ -121,7 +143,7 @@ class Ledger:
             if now > attempt.deadline:
                 why = f"rank {_some(attempt.missing())} did not deliver within {attempt.job.deadline_s:g} s."
                 late += self._fail(attempt, "SaveFailed", why)
-            elif lost and (waited or (attempt.one_node and self.settling_since is not None)):
+            elif lost and (waited or (settling and (attempt.one_node or self._is_quiet(attempt, here)))):
                 late += self._fail(attempt, "SaveFailed", f"rank {_some(lost)} died before its part was stored.")
         if late:
             late += self._advance()

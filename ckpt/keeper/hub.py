@@ -20,6 +20,7 @@ from ckpt.keeper.orders import (
     Ordered,
     Outcome,
     Persist,
+    Quiet,
     Sealed,
     Stored,
     ToCoordinator,
@@ -61,6 +62,9 @@ class Hub:
                 self._act(self.ledger.stored(message))
             case Broken():
                 self._act(self.ledger.broken(message))
+            case Quiet():
+                self.ledger.quiet(node)
+                self.tick()
             case Joined():
                 pass
 
@@ -134,6 +138,7 @@ class Hub:
         """A new start waits: do not wait long for ranks whose keeper is gone."""
         if self.ledger.open and self.ledger.settling_since is None:
             self.ledger.settling_since = time.monotonic()
+            self.tick()
 
     async def listen(self, host: str, port: int, token: bytes) -> int:
         """Let the keepers of other nodes in; returns the port."""

@@ -158,6 +158,10 @@ class Joined(_Message, frozen=True):
     node: str
 
 
+class Quiet(_Message, frozen=True):
+    """Every worker of this node that had given anything is gone: what it has not ordered by now never comes."""
+
+
 class Ordered(_Message, frozen=True):
     job: Job
     rank: int
@@ -227,5 +231,5 @@ class Outcome(_Message, frozen=True):
 
 ToKeeper = Hello | Settle | Listen | Layouts | Order | Progress | Copied | Abort | Goodbye
 ToWorker = Settled | Listening | Freed | Complete | Outcome
-ToCoordinator = Joined | Ordered | Sealed | Stored | Broken
+ToCoordinator = Joined | Quiet | Ordered | Sealed | Stored | Broken
 FromCoordinator = Persist | Complete | Outcome

@@ -29,6 +29,7 @@ from ckpt.keeper.orders import (
     Listening,
     Order,
     Progress,
+    Quiet,
     Settle,
     Settled,
     ToKeeper,
@@ -48,10 +49,10 @@ def grace_s() -> float:
 
 
 class _Worker:
-    """A connected worker. `rank` is unknown until it says Hello."""
+    """A connected worker. `rank` is unknown until it says Hello; `gives`: it has ordered something."""
 
     def __init__(self, channel: Channel) -> None:
-        self.channel, self.rank = channel, -1
+        self.channel, self.rank, self.gives = channel, -1, False
         self._outbox = Outbox(channel)
         self.tell = self._outbox.tell
         self.close = self._outbox.close
@@ -134,6 +135,15 @@ class Keeper:
             self._workers.discard(worker)
             self._lost += not said_goodbye
             self._node.worker_gone(worker)
+            if worker.gives:
+                self._say_if_quiet(self._hub)
+                for remote in self._remotes.values():
+                    self._say_if_quiet(remote)
+
+    def _say_if_quiet(self, link: Link) -> None:
+        """A coordinator for which a new start waits then knows what will never come."""
+        if not any(worker.gives for worker in self._workers):
+            link.tell(Quiet())
 
     async def _take(self, worker: _Worker, message: ToKeeper) -> None:
         match message:
@@ -143,6 +153,7 @@ class Keeper:
             case Layouts():
                 self._node.layouts(message)
             case Order():
+                worker.gives = True
                 self._node.order(message, worker.channel.take_fd(), worker, self._link_of(message))
             case Progress():
                 self._node.progress(message)
@@ -162,9 +173,13 @@ class Keeper:
             return self._hub
         if order.coordinator not in self._remotes:
             self._remotes[order.coordinator] = Remote(
-                order.coordinator, order.token, self._name, self._node.heard, self._node.repeat_to
+                order.coordinator, order.token, self._name, self._node.heard, self._repeat_to
             )
         return self._remotes[order.coordinator]
+
+    def _repeat_to(self, remote: Remote) -> None:
+        self._node.repeat_to(remote)
+        self._say_if_quiet(remote)
 
     async def _settle(self, worker: _Worker) -> None:
         self._settling += 1

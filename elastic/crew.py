@@ -1,0 +1,87 @@
+"""The workers of this node as their board shows them: asked to stop, watched, and made to say where they are.
+
+One board for each generation. Made on the main thread, looked at on the service's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from ckpt.board import Board, Worker
+from elastic.decide import hang_limit_s
+from elastic.messages import Stack
+from elastic.stacks import collect, locate
+
+log = logging.getLogger("elastic")
+
+
+@dataclass(frozen=True)
+class Look:
+    """`heeds`, `paused`: of all workers that run. `leaves`: why this node shall leave, and within how many seconds.
+
+    `hangs`: what one of them does not do any more, said once.
+    """
+
+    heeds: bool = False
+    paused: bool = False
+    leaves: tuple[str, float] | None = None
+    hangs: str = ""
+
+
+class Crew:
+    """All that concerns the board."""
+
+    def __init__(self, stated_hang_limit_s: float) -> None:
+        self._stated_s = stated_hang_limit_s
+        self._board: Board | None = None
+        self._hung = False
+        self._lock = threading.Lock()
+
+    def begin(self) -> str:
+        """Where the workers that start next find their board."""
+        with self._lock:
+            if self._board is not None:
+                self._board.close()
+            self._board, self._hung = Board(), False
+            return self._board.path
+
+    def ask(self) -> None:
+        """Have them stop at a step on which all ranks agree."""
+        with self._lock:
+            if self._board is not None:
+                self._board.ask()
+
+    def workers(self) -> list[Worker]:
+        with self._lock:
+            return self._board.workers() if self._board is not None else []
+
+    def step(self) -> int:
+        """How far they are, or were."""
+        return max((worker.step for worker in self.workers()), default=0)
+
+    def look(self, running: int) -> Look:
+        """What they say, of whom `running` run."""
+        seen = self.workers()
+        return Look(
+            heeds=0 < running <= sum(worker.heeds for worker in seen),
+            paused=0 < running <= sum(worker.paused for worker in seen),
+            leaves=next((worker.leaves for worker in seen if worker.leaves is not None), None),
+            hangs=self._hang(seen),
+        )
+
+    def _hang(self, seen: list[Worker]) -> str:
+        for worker in seen:
+            limit_s = hang_limit_s(self._stated_s, worker.limit_s, worker.moves, worker.longest_s)
+            if worker.watched and not self._hung and limit_s is not None and worker.moved_s > limit_s:
+                self._hung = True
+                return f"rank {worker.rank} has made no step for {worker.moved_s:.0f} s, since step {worker.step}"
+        return ""
+
+    def trace(self) -> tuple[Stack, ...]:
+        """Their stacks, in full into this agent's log; where each rank is. Blocking."""
+        found = collect(self.workers())
+        for worker, text in found:
+            log.warning("rank %d, process %d:\n%s", worker.rank, worker.pid, text)
+        return tuple(locate(worker.rank, text) for worker, text in found)

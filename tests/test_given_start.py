@@ -55,7 +55,7 @@ def test_a_newer_start_of_the_launcher_fences(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ckpt.Fenced):
         old.save(2, state_of(2), blocking=True)
     with ckpt.Checkpointer(tmp_path) as new:
-        assert new.restore(state_of(0)) == 2, "it was complete when it was fenced, so the new one adopts it"
+        assert new.restore(state_of(0)) == 1, "what a fenced writer brought is never adopted"
     assert [start.generation for start in starts(tmp_path)] == [1, 2]
 
 

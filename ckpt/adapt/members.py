@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckpt.adapt.fsdp1 import Fsdp1Module, Fsdp1Optimizer
-from ckpt.adapt.modules import Names, is_fsdp1, module_state
+from ckpt.adapt.modules import Names, held_by, is_fsdp1, module_state
 from ckpt.adapt.optimizers import OptimizerMember, ParameterNames
 from ckpt.adapt.state import (
     Bound,
@@ -92,6 +92,7 @@ def _walk(node: Any, path: Path, rank: int, world: int) -> Iterator[tuple[Path, 
         raise Incompatible(f"{key_of(path) or 'the state'}: keys of a state are strings, got {list(node)[:4]}")
     for name, item in items:
         at = (*path, component(name) if isinstance(name, str) else str(name))
+        item = held_by(item)
         while isinstance(item, PerRank) and isinstance(item.obj, nn.Module | Optimizer | torch.Tensor | Shard):
             at, item = (*at, f"#{rank}of{world}"), item.obj
         if _is_leaf(item):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from ckpt.adapt.fsdp1 import Fsdp1Module, Fsdp1Optimizer
 from ckpt.adapt.modules import Names, held_by, is_fsdp1, module_state
@@ -166,6 +167,8 @@ def _member(item: Any, path: Path) -> Member:
         return RankMember(path, item.state_dict, item.load_state_dict, "reseed", last=True)
     if isinstance(item, PerRank):
         return _per_rank(item, path)
+    if isinstance(item, DataLoader):  # counts batches of its own rank: equal counts are no common place in the data
+        return RankMember(path, item.state_dict, item.load_state_dict, "error")
     if hasattr(item, "__iter__"):  # loaders and samplers may stand at another place on every rank
         return RankMember(path, item.state_dict, item.load_state_dict, "equal")
     return StatefulMember(path, item)

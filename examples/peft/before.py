@@ -1,6 +1,6 @@
 """LoRA on a frozen GPT-2: only the adapters are trained.
 
-    python before.py RUN [STEPS]
+python before.py RUN [STEPS]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A small convolutional classifier fed by torchdata's StatefulDataLoader: two worker processes, shuffled batches.
 
-    python before.py RUN [STEPS]
+python before.py RUN [STEPS]
 """
 
 import sys

@@ -317,10 +317,13 @@ def _idle(saved: Saved, bound: Bound, only: Sequence[str]) -> list[str]:
 
 def _needs_resize(reader: StepReader, wanted: Wanted, world: int) -> str:
     saved = reader.manifest.world.size
-    what = "it is a PerRank" if wanted.on_resize == "error" else "it is a loader or sampler, at another place on each"
+    what = "a PerRank, or a DataLoader, which counts what its own rank has taken of the data"
+    if wanted.on_resize != "error":
+        what = "a loader or sampler, at another place on each"
     return (
         f"{wanted.key} belongs to each of the {saved} ranks that saved it ({what}), and there are {world} now: say "
-        'what each gets by ckpt.PerRank(obj, on_resize="first") or on_resize=fn(states, rank, world)'
+        'what each gets by ckpt.PerRank(obj, on_resize="first") or on_resize=fn(states, rank, world), or leave it '
+        "out and begin the epoch anew: only=[...] names all other members"
     )
 
 

@@ -58,6 +58,7 @@ class Service:
         self._assigned: Membership | None = None
         self._master = ""
         self._broken = False  # the workers that run, or are about to, must not
+        self._killing = False  # they are being killed: what the main thread sees of that is no failure of theirs
         self._exit: Exit | None = None
         self.crew = Crew(options.timing.hang_limit_s)
         self._values: dict[str, bytes] = {}
@@ -119,7 +120,7 @@ class Service:
     def await_membership(self) -> tuple[Membership, str]:
         """Wait until this node works: its membership, and where the leader is. SystemExit when the job is over."""
         with self._changed:
-            failed = self._generation > 0 and not self._broken
+            failed = self._generation > 0 and not self._broken and not self._killing
             self._assigned, self._broken = None, False
         self._post(lambda: self._came_back(failed))
         with self._changed:
@@ -351,7 +352,7 @@ class Service:
     def _kill(self, reason: str) -> None:
         """In this order: no worker runs any more when the main thread hears of it."""
         log.warning("this node's workers end: %s", reason)
-        self._store = None
+        self._store, self._killing = None, True
         self._workers.kill()
         with self._changed:
             self._broken = True
@@ -362,6 +363,9 @@ class Service:
         self._asked = False
         with self._changed:
             self._assigned, self._generation = membership, membership.generation
+            self._broken = self._killing = (
+                False  # what was said of the workers before has come late for the main thread
+            )
             self._values = {}
             self._master = self._up.address if self._up is not None else self._agent.me.addresses[0]
             self._changed.notify_all()

@@ -79,6 +79,10 @@ ORDER = [
     "ckpt.readers",
     "ckpt.checkpointer",
     "ckpt",
+    "ckpt.integrations",
+    "ckpt.integrations.accelerate",
+    "ckpt.integrations.transformers",
+    "ckpt.integrations.lightning",
     "ckpt.check",
     "ckpt.copying",
     "ckpt.writing",
@@ -196,6 +200,16 @@ def test_the_keeper_lives_without_torch() -> None:
     for name in ("ckpt.keeper.process", "ckpt.keeper.courier"):
         code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0, name
+
+
+def test_a_framework_is_imported_by_its_own_adapter_alone() -> None:
+    frameworks = {"accelerate", "lightning", "peft", "torchdata", "transformers"}
+    names = [name for name in _modules() if not name.startswith("ckpt.integrations.") and "__main__" not in name]
+    found = {name: frameworks & {i.split(".")[0] for i in _imports(_modules()[name])} for name in names}
+    assert {name for name, theirs in found.items() if theirs} == set()
+    imported = ", ".join(name for name in names if name.startswith("ckpt"))
+    code = f"import sys, {imported}; sys.exit(bool({frameworks!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_ckpt_never_imports_elastic() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from ckpt.adapt.fsdp1 import Fsdp1Module, Fsdp1Optimizer
-from ckpt.adapt.modules import Names, is_fsdp1, module_state
+from ckpt.adapt.modules import Names, held_by, is_fsdp1, module_state
 from ckpt.adapt.optimizers import OptimizerMember, ParameterNames
 from ckpt.adapt.state import (
     Bound,
@@ -92,6 +93,7 @@ def _walk(node: Any, path: Path, rank: int, world: int) -> Iterator[tuple[Path, 
         raise Incompatible(f"{key_of(path) or 'the state'}: keys of a state are strings, got {list(node)[:4]}")
     for name, item in items:
         at = (*path, component(name) if isinstance(name, str) else str(name))
+        item = held_by(item)
         while isinstance(item, PerRank) and isinstance(item.obj, nn.Module | Optimizer | torch.Tensor | Shard):
             at, item = (*at, f"#{rank}of{world}"), item.obj
         if _is_leaf(item):
@@ -165,6 +167,8 @@ def _member(item: Any, path: Path) -> Member:
         return RankMember(path, item.state_dict, item.load_state_dict, "reseed", last=True)
     if isinstance(item, PerRank):
         return _per_rank(item, path)
+    if isinstance(item, DataLoader):  # counts batches of its own rank: equal counts are no common place in the data
+        return RankMember(path, item.state_dict, item.load_state_dict, "error")
     if hasattr(item, "__iter__"):  # loaders and samplers may stand at another place on every rank
         return RankMember(path, item.state_dict, item.load_state_dict, "equal")
     return StatefulMember(path, item)

@@ -19,6 +19,21 @@ _WRAPPERS = {
     "AveragedModel": "module",
 }
 
+_HOLDERS = {
+    # class name -> attribute with the module or optimizer that a framework stands before, itself holding no state
+    "AcceleratedOptimizer": "optimizer",
+    "LightningOptimizer": "_optimizer",
+    "_FabricModule": "_forward_module",
+    "_FabricOptimizer": "_optimizer",
+}
+
+
+def held_by(item: Any) -> Any:
+    """What a framework's holder stands before; anything else as it is."""
+    while attribute := next((_HOLDERS[c.__name__] for c in type(item).__mro__ if c.__name__ in _HOLDERS), None):
+        item = getattr(item, attribute)
+    return item
+
 
 def wrapped_by(module: nn.Module) -> str | None:
     """The attribute that holds what `module` wraps, or None if it is no wrapper."""

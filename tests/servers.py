@@ -4,10 +4,12 @@ ceph     Ceph's RADOS gateway on a monitor and a storage daemon in memory: the r
 moto     fast, strict about conditions, accepts anything else
 rclone   answers 200 to conditional puts and overwrites: the liar
 azurite  Azure's blobs
+swift    OpenStack's object store through its S3 interface: the weak one, in which several racing creators may win
 """
 
 from __future__ import annotations
 
+import getpass
 import shutil
 import socket
 import subprocess
@@ -23,6 +25,7 @@ import pytest
 
 INSTALLED = Path(sys.prefix) / "servers"
 KEY, SECRET = "holdfast-key", "holdfast-secret"
+SWIFT_KEY = "holdfast:key"  # account and user
 DEADLINE_S = 60
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = (
@@ -30,10 +33,10 @@ AZURE_KEY = (
 )
 
 
-def s3_environment(endpoint: str) -> dict[str, str]:
+def s3_environment(endpoint: str, key: str = KEY) -> dict[str, str]:
     """What a client needs to reach a server of ours."""
     return {
-        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": endpoint,
@@ -147,6 +150,93 @@ public addr = 127.0.0.1
 cluster addr = 127.0.0.1
 [client.rgw]
 rgw frontends = beast endpoint=127.0.0.1:{gateway}
+"""
+
+
+SWIFT = {
+    "account": "swift.account.server",
+    "container": "swift.container.server",
+    "object": "swift.obj.server",
+    "proxy": "swift.proxy.server",
+}
+SWIFT_RINGS = """
+import sys
+from swift.common.ring import RingBuilder
+
+for name, port in zip(("account", "container", "object"), sys.argv[2:]):
+    ring = RingBuilder(1, 1, 1)
+    ring.add_dev(dict(id=0, region=1, zone=1, ip="127.0.0.1", port=int(port), device="disk", weight=1.0))
+    ring.rebalance()
+    ring.get_ring().save(f"{sys.argv[1]}/{name}.ring.gz")
+"""
+SWIFT_SERVER = """
+import importlib, sys
+import swift.common.utils
+
+swift.common.utils.SWIFT_CONF_FILE = sys.argv[1]
+server = importlib.import_module(sys.argv[2])
+sys.argv = sys.argv[2:]
+server.main()
+"""
+
+
+@contextmanager
+def swift() -> Iterator[str]:
+    """Needs a folder for temporary files whose file system has extended attributes."""
+    python = str(installed("swift", "bin", "python"))
+    ports = {name: free_port() for name in SWIFT}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        (folder / "disks" / "disk").mkdir(parents=True)
+        (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = holdfast\n")
+        rings = [python, "-c", SWIFT_RINGS, str(folder), *(str(ports[name]) for name in SWIFT if name != "proxy")]
+        subprocess.run(rings, check=True, capture_output=True, timeout=DEADLINE_S)
+        for name, module in SWIFT.items():
+            path = folder / f"{name}.conf"
+            path.write_text(_swift_conf(folder, name, ports[name]))
+            command = [python, "-c", SWIFT_SERVER, str(folder / "swift.conf"), module, str(path)]
+            stack.enter_context(running(command, ports[name]))
+        yield f"http://127.0.0.1:{ports['proxy']}"
+
+
+def _swift_conf(folder: Path, name: str, port: int) -> str:
+    common = f"""
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+workers = 0
+user = {getpass.getuser()}
+swift_dir = {folder}
+devices = {folder}/disks
+mount_check = false
+disable_fallocate = true
+log_level = ERROR
+[app:{name}-server]
+use = egg:swift#{name}
+"""
+    if name != "proxy":
+        return f"{common}[pipeline:main]\npipeline = {name}-server\n"
+    account, user = SWIFT_KEY.split(":")
+    return f"""{common}
+account_autocreate = true
+[pipeline:main]
+pipeline = catch_errors cache listing_formats bulk s3api tempauth slo proxy-server
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:9
+[filter:listing_formats]
+use = egg:swift#listing_formats
+[filter:bulk]
+use = egg:swift#bulk
+[filter:s3api]
+use = egg:swift#s3api
+[filter:tempauth]
+use = egg:swift#tempauth
+user_{account}_{user} = {SECRET} .admin
+[filter:slo]
+use = egg:swift#slo
 """
 
 

@@ -304,7 +304,7 @@ def play(nodes: list[Node], path: Path, seed: int) -> int:
     return story.fenced
 
 
-@pytest.mark.parametrize("seeds", [2, pytest.param(60, marks=[pytest.mark.prove, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("seeds", [1, pytest.param(60, marks=[pytest.mark.prove, pytest.mark.timeout(3600)])])
 def test_writers_readers_and_freezes(nodes: list[Node], tmp_path: Path, seeds: int) -> None:
     first = random.randrange(1 << 32)
     fenced = sum(play(nodes, tmp_path / str(seed), seed) for seed in range(first, first + seeds))

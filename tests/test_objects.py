@@ -55,15 +55,21 @@ def azurite_server() -> Iterator[str]:
         yield connection
 
 
-def reach(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+@pytest.fixture(scope="session")
+def swift_server() -> Iterator[str]:
+    with servers.swift() as endpoint:
+        yield endpoint
+
+
+def reach(monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str = servers.KEY) -> None:
     """This process and its children reach the server from now on."""
-    for name, value in servers.s3_environment(endpoint).items():
+    for name, value in servers.s3_environment(endpoint, key).items():
         monkeypatch.setenv(name, value)
 
 
-def bucket(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> str:
+def bucket(monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str = servers.KEY) -> str:
     """The URL of a new bucket of the server, which is reached from now on."""
-    reach(monkeypatch, endpoint)
+    reach(monkeypatch, endpoint, key)
     from ckpt.stores.s3 import S3Bucket
 
     name = f"bucket-{uuid.uuid4()}"
@@ -93,6 +99,22 @@ class TestCeph(ObjectConformance):
 
     def test_it_fences(self, store: Store) -> None:
         assert store.capabilities.fences
+
+
+@pytest.mark.prove  # four servers in Python, which take their time
+class TestSwift(ObjectConformance):
+    racing = False
+
+    @pytest.fixture
+    def open_again(self, swift_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Store]:
+        url = f"{bucket(monkeypatch, swift_server, servers.SWIFT_KEY)}/some/run"
+        return lambda: open_store(url)
+
+    def test_only_the_race_speaks_against_it(self, store: Store) -> None:
+        found = examine(store)
+        print([(trial.name, trial.seen) for trial in found.trials if not trial.ok])
+        assert found.usable
+        assert {trial.name for trial in found.trials if not trial.ok} <= {"race"}
 
 
 class TestAzurite(ObjectConformance):

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from jobs import Pool
-from programs import EXAMPLES, killed_and_resumed
+from programs import EXAMPLES, committed, killed_and_resumed, running
 
 import ckpt
 
 FRAMEWORKS = sorted(path.parent.name for path in EXAMPLES.glob("*/before.py"))
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
-def test_an_example_changes_at_most_five_lines(name: str) -> None:
+def _changes(name: str) -> list[str]:
+    """What `after.py` has in place of lines of `before.py`, as `diff -u` prints it, around blank lines."""
     texts = ((EXAMPLES / name / file).read_text() for file in ("before.py", "after.py"))
     before, after = ([line.replace("before.py", "after.py") for line in t.splitlines() if line] for t in texts)
-    spans = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    changed = [max(b - a, d - c) for kind, a, b, c, d in spans if kind != "equal"]
-    assert 0 < sum(changed) <= 5
+    return [line for line in difflib.unified_diff(before, after, n=0) if not line.startswith(("---", "+++", "@@"))]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_an_example_changes_at_most_five_lines_and_the_page_shows_them(name: str) -> None:
+    changes = _changes(name)
+    assert 0 < sum(line.startswith("+") for line in changes) <= 5
+    shown = (EXAMPLES.parent / "docs" / "frameworks.md").read_text().partition(f"(../examples/{name}/after.py)")[2]
+    assert shown.partition("```diff\n")[2].partition("\n```")[0].splitlines() == changes
 
 
 def test_a_plain_loop(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "plain")
 
 
+@pytest.mark.prove
 def test_a_plain_loop_on_two_ranks(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "plain", ranks=2)
 
@@ -37,10 +45,39 @@ def test_accelerate(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "accelerate")  # 25 updates in an epoch of 49 batches
 
 
+@pytest.mark.prove
 def test_accelerate_on_two_ranks(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "accelerate", ranks=2, steps=195)  # 13 updates in an epoch of 25 batches
 
 
+def test_epochs_refuses_what_it_could_not_go_on_with(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+    from torch.utils.data import DataLoader
+
+    from ckpt.integrations.accelerate import epochs
+
+    def loader(batch: int, *, seedable: bool) -> Any:
+        config = DataLoaderConfiguration(use_seedable_sampler=seedable)
+        return Accelerator(cpu=True, dataloader_config=config).prepare(DataLoader(range(12), batch, shuffle=True))
+
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(ckpt.Incompatible, match="use_seedable_sampler=True"):
+            next(epochs(checkpointer, loader(2, seedable=False), 1, {}))
+        for _, batches in epochs(checkpointer, loader(2, seedable=True), 1, {}):
+            assert len(list(batches)) == 6
+        with pytest.raises(ckpt.Incompatible, match="an epoch had 6 steps when this run was saved, and has 4 now"):
+            next(epochs(checkpointer, loader(3, seedable=True), 2, {}))
+    with ckpt.Checkpointer(tmp_path / "other") as checkpointer:
+        passes = epochs(checkpointer, loader(2, seedable=True), 2, {})
+        _, batches = next(passes)
+        assert [next(batches)[0], next(batches)[0]] == [0, 1]
+        batches.close()  # as `break` in a loop over them
+        with pytest.raises(ckpt.Incompatible, match="epoch 0 was left after 1 of 6 steps"):
+            next(passes)
+
+
+@pytest.mark.prove
 def test_the_trainer(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "transformers")  # 49 steps of two batches in an epoch
 
@@ -76,6 +113,7 @@ def test_a_loader_at_another_world_size(tmp_path: Path, pool: Pool) -> None:
     assert "begin the epoch anew" in str(outcome.error)
 
 
+@pytest.mark.prove
 def test_peft(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "peft")
 
@@ -115,3 +153,19 @@ def test_peft_saved_with_its_base_or_without(tmp_path: Path) -> None:
     assert torch.equal(same(inputs), model(inputs))
     for one, two in zip(adapters.values(), same_adapters.values(), strict=True):
         assert torch.equal(optimizer.state[one]["exp_avg"], same_optimizer.state[two]["exp_avg"])
+
+
+@pytest.mark.parametrize("name", [pytest.param("fabric", marks=pytest.mark.prove), "lightning"])
+def test_lightning(tmp_path: Path, name: str) -> None:
+    killed_and_resumed(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["lightning", pytest.param("transformers", marks=pytest.mark.prove)])
+def test_sigterm_saves_and_stops(tmp_path: Path, name: str) -> None:
+    url = tmp_path / "run"
+    with running(EXAMPLES / name / "after.py", str(url), "250") as program:
+        program.read(45)
+        program.process.send_signal(signal.SIGTERM)
+        steps = program.end()
+    assert 45 <= committed(url) < 250
+    assert max(steps) - committed(url) == (name == "transformers")  # it trains the batch that it has fetched, in vain

@@ -167,10 +167,9 @@ def _member(item: Any, path: Path) -> Member:
         return RankMember(path, item.state_dict, item.load_state_dict, "reseed", last=True)
     if isinstance(item, PerRank):
         return _per_rank(item, path)
-    if isinstance(item, DataLoader):  # counts batches of its own rank: equal counts are no common place in the data
-        return RankMember(path, item.state_dict, item.load_state_dict, "error")
     if hasattr(item, "__iter__"):  # loaders and samplers may stand at another place on every rank
-        return RankMember(path, item.state_dict, item.load_state_dict, "equal")
+        counts_its_own = isinstance(item, DataLoader)  # of its rank's batches: no common place, even where equal
+        return RankMember(path, item.state_dict, item.load_state_dict, "error" if counts_its_own else "equal")
     return StatefulMember(path, item)
 
 

@@ -20,7 +20,7 @@ from ckpt.errors import Incompatible
 
 
 def epochs(
-    checkpointer: Checkpointer, loader: Any, total: int, state: Any
+    checkpointer: Checkpointer, loader: Any, total: int, state: dict[str, Any]
 ) -> Iterator[tuple[int, Iterator[tuple[int, Any]]]]:
     """Yield (epoch, batches) for each of `total` epochs that is still to run; batches are (index in the epoch, batch).
 
@@ -29,9 +29,11 @@ def epochs(
     `accumulate`, `gradient_accumulation_steps` batches, so no save falls between them. The order of the data goes on
     exactly; what a dataset in this process draws at random for the batch that the loader holds ready does not.
 
-    `Incompatible` for a loader whose order cannot be found again, and if a loop over batches is left early.
+    `Incompatible` for a loader whose order cannot be found again, for a run whose epochs had another number of steps
+    (of which `state` gets a member), and if a loop over batches is left early.
     """
     updates, each = _updates(loader)
+    state["steps_in_epoch"] = _StepsInEpoch(updates)
     steps = checkpointer.steps(total * updates, state)
     step = next(steps, None)
 
@@ -53,6 +55,24 @@ def epochs(
             raise Incompatible(
                 f"epoch {epoch} was left after {step % updates} of {updates} steps, so the next one cannot be counted. "
                 "Leave both loops, or save by hand: checkpointer.save(step, state)."
+            )
+
+
+class _StepsInEpoch:
+    """As it was when the run was saved, or a step would stand for another place in the data."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def state_dict(self) -> int:
+        return self._count
+
+    def load_state_dict(self, saved: int) -> None:
+        if saved != self._count:
+            raise Incompatible(
+                f"an epoch had {saved} steps when this run was saved, and has {self._count} now: the number of ranks, "
+                "the batch size, accumulation or the data changed. Start it as before, or go on by hand from "
+                "checkpointer.restore(state) and an epoch of your choice. Nothing was saved."
             )
 
 

@@ -18,9 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from ckpt.adapt import PerRank, Rng
+from ckpt.adapt import PerRank
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import Incompatible
+from ckpt.integrations.rng import HeldRng
 from ckpt.interval import Every
 
 
@@ -40,7 +41,7 @@ class HoldfastCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpointer: Checkpointer | None = None
         self._steps: Iterator[int] = iter(())
         self._begun = False
-        self._rng = _HeldRng()
+        self._rng = HeldRng()
 
     @property
     def stopped(self) -> bool:
@@ -135,20 +136,6 @@ class _Progress:
 
     def write(self, folder: Path) -> None:
         TrainerState(**self._restored).save_to_json(str(folder / TRAINER_STATE_NAME))
-
-
-class _HeldRng(Rng):
-    """Holds back what is restored until the first batch is fetched: to begin an epoch draws from the generators."""
-
-    _held: dict[str, Any] | None = None
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._held = state
-
-    def release(self) -> None:
-        if self._held is not None:
-            super().load_state_dict(self._held)
-        self._held = None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 
 import ckpt
 
@@ -24,8 +25,8 @@ def main(url: str, total: int = 1000) -> None:
     torch.manual_seed(7)
     images = torch.randn(392, 1, 8, 8)
     data = TensorDataset(images, images.mean(dim=(1, 2, 3)).gt(0).long())
-    order = torch.Generator().manual_seed(7)
-    loader = StatefulDataLoader(data, batch_size=8, shuffle=True, num_workers=2, generator=order)
+    order = RandomSampler(data, generator=torch.Generator().manual_seed(7))
+    loader = StatefulDataLoader(data, batch_size=8, sampler=order, num_workers=2, generator=torch.Generator())
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(288, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 

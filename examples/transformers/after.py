@@ -49,6 +49,8 @@ def main(url: str, total: int = 1000) -> None:
     )
     trainer = Trainer(model, arguments, train_dataset=Lines(), callbacks=[PrintLoss()])
     HoldfastCallback(url, every=ckpt.Every(steps=20)).train(trainer)
+    if torch.distributed.is_initialized():  # the Trainer leaves it open, and gloo's threads may then abort the exit
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Object stores against the client library itself: the same bytes, the same parts, the same requests at a time.
 
-    python benchmarks/object_store.py [--server ceph|rclone] [--mb 512] [--rounds 5] [--write]
+    python benchmarks/object_store.py [--server ceph|rclone] [--mb 128] [--rounds 5] [--write]
 
 s3fs by itself: `pipe_file` in parts of 16 MiB, 16 at a time; ranges of 4 MiB, 16 at a time. Ours: a data file written
 as the keeper does, from runs of 4 MiB with a digest of every block; read as a restore does, every block verified.
@@ -44,7 +44,7 @@ PATH = "steps/000000001.a/r00000.safetensors"
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--server", choices=("ceph", "rclone"), default="ceph")
-    options.add_argument("--mb", type=int, default=512)
+    options.add_argument("--mb", type=int, default=128)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--write", action="store_true", help="put the result into RESULTS.md")
     given = options.parse_args()

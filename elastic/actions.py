@@ -84,6 +84,11 @@ class Kill:
 
 
 @dataclass(frozen=True)
+class Forsake:
+    """Have this node's keeper not wait for a node that is lost."""
+
+
+@dataclass(frozen=True)
 class Release:
     """The main thread may start the workers of `membership`."""
 
@@ -103,7 +108,9 @@ class Note:
     text: str
 
 
-Action: TypeAlias = Send | Close | Seek | Follow | Look | Propose | Halt | Trace | Kill | Release | Exit | Note
+Action: TypeAlias = (
+    Send | Close | Seek | Follow | Look | Propose | Halt | Trace | Kill | Forsake | Release | Exit | Note
+)
 
 
 @dataclass(frozen=True)

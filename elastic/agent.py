@@ -18,6 +18,7 @@ from dataclasses import replace
 from elastic.actions import (
     Close,
     Follow,
+    Forsake,
     Halt,
     Look,
     Note,
@@ -37,6 +38,7 @@ from elastic.messages import (
     Inspect,
     Join,
     Leave,
+    Lost,
     Pause,
     Ping,
     Ready,
@@ -180,6 +182,8 @@ class Agent(Leading):
         match said:
             case Pause() if self.mine is not None:
                 self._halt(said.reason)
+            case Lost():
+                self._do(Forsake())
             case Inspect() if self.mine is not None:
                 self._do(Trace())
             case Leave():
@@ -205,6 +209,7 @@ class Agent(Leading):
                 name, self.upstream = self.upstream, None
                 self._seek_at = now
                 self._kill(f"lost {name}, which led: {reason}")
+                self._do(Forsake())
         else:
             self._let_go(node, reason)
 
@@ -296,6 +301,7 @@ class Agent(Leading):
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
         self.upstream, self._candidate = None, False
         self._change = self._pause = self._inspection = None
+        self._forsaken = False
         self._began_at, self._short_since, self._grow = now, None, None
         self.shared.clear()
         for peer in self.followers.values():

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from elastic.actions import Action, Close, Exit, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
+from elastic.actions import Action, Close, Exit, Forsake, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
 from elastic.decide import Blame, Limits, Timing, arrange, may_take, would_grow
 from elastic.membership import Member, Membership
-from elastic.messages import Down, End, Inspect, Job, Leave, Pause, Stack, Stop, Up
+from elastic.messages import Down, End, Inspect, Job, Leave, Lost, Pause, Stack, Stop, Up
 
 EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
 CORDONED = "it is cordoned (`elastic cordon --undo`)"
@@ -75,6 +75,7 @@ class Leading:
         self._change: Change | None = None
         self._pause: Change | None = None  # its workers are asked to stop by themselves
         self._inspection: Inspection | None = None
+        self._forsaken = False  # all were told that a member of this generation is lost
         self._seeking = self._looking = self._proposing = self._looked = self._candidate = False
         self._hints: dict[str, Member] = {}  # whom others follow
         self._finished: set[str] = set()  # members of the generation whose workers ended well, also if gone since
@@ -115,6 +116,11 @@ class Leading:
             self._finish_all()
             return
         self._dismiss(self.seen.drained)
+        if absent and not self._forsaken:
+            self._forsaken = True
+            for node in self._member_followers():
+                self._send(node, Lost())
+            self._do(Forsake())
         if self._change is None:
             idle = [m for m in self.membership.members if self._is_ready(m.node)]
             if absent:

@@ -3,7 +3,7 @@
     dialling -> dialled   Hello; then, if it stays, Join
     dialled -> dialling   Welcome, Refused
     follower -> leader    Stopped, Ready, Finished, Leave, Hung, Stacks, Share, Ping
-    leader -> follower    Pause, Inspect, Stop, Go, Leave, Share, End, Ping
+    leader -> follower    Pause, Inspect, Lost, Stop, Go, Leave, Share, End, Ping
 
 A leader is followed; so is a candidate, which gathers nodes while there is no leader.
 """
@@ -126,6 +126,10 @@ class Stop(_Message, frozen=True):
     reason: str
 
 
+class Lost(_Message, frozen=True):
+    """A member is lost with all that it had: no keeper waits for it."""
+
+
 class Go(_Message, frozen=True):
     membership: Membership
 
@@ -138,4 +142,4 @@ class End(_Message, frozen=True):
 
 
 Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Leave | Hung | Stacks | Share | Ping
-Down: TypeAlias = Welcome | Refused | Pause | Inspect | Stop | Go | Leave | Share | End | Ping
+Down: TypeAlias = Welcome | Refused | Pause | Inspect | Lost | Stop | Go | Leave | Share | End | Ping

@@ -21,10 +21,23 @@ from typing import Any, TypeVar
 from torch._C._distributed_c10d import TCPStore
 
 from ckpt.errors import CkptError, Fenced
-from ckpt.keeper.courier import Courier
-from ckpt.keeper.ram import RamTier, ram_root
 from ckpt.wire import Channel, Server, serve_tcp
-from elastic.actions import Action, Close, Exit, Follow, Halt, Kill, Look, Note, Propose, Release, Seek, Send, Trace
+from elastic.actions import (
+    Action,
+    Close,
+    Exit,
+    Follow,
+    Forsake,
+    Halt,
+    Kill,
+    Look,
+    Note,
+    Propose,
+    Release,
+    Seek,
+    Send,
+    Trace,
+)
 from elastic.agent import Agent
 from elastic.crew import Crew
 from elastic.hooks import Failure, Hooks
@@ -34,6 +47,7 @@ from elastic.membership import Member, Membership
 from elastic.messages import Hello, Join, Refused, Up
 from elastic.options import Options
 from elastic.roster import Roster
+from elastic.settling import settle
 from elastic.workers import Ended, Workers, error_file_of, watch
 
 log = logging.getLogger("elastic")
@@ -53,7 +67,7 @@ class Service:
         self._agent, self._roster, self._options = agent, roster, options
         self._workers, self._hooks = workers, hooks
         self._storage = ThreadPoolExecutor(1, thread_name_prefix="elastic-storage")
-        self._settling = ThreadPoolExecutor(1, thread_name_prefix="elastic-settle")
+        self._settling = ThreadPoolExecutor(2, thread_name_prefix="elastic-settle")
         self._changed = threading.Condition()
         self._assigned: Membership | None = None
         self._master = ""
@@ -72,6 +86,8 @@ class Service:
         self._offered: TCPStore | None = None
         self._watched: dict[int, str] = {}  # workers, and where each writes what it failed of
         self._asked = False  # a worker ended because it was asked to
+        self._settles = False  # the keeper is asked to come to an end with what the workers left
+        self._forsaken = False  # a node of this generation is lost
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
         self._server: Server | None = None
@@ -247,22 +263,21 @@ class Service:
     async def _settle(self) -> None:
         """Let this node's keeper store what the workers left, before a new generation fences it."""
         self._workers.kill()
-        ram = RamTier(ram_root(), self._roster.run.nonce)
-        if ram.exists():
-
-            def settle() -> None:
-                courier = Courier(ram, self._roster.run.url, -1, lambda pending: None)
-                try:
-                    courier.settle(self._options.settle_s)
-                finally:
-                    courier.close(goodbye=False)
-
-            try:
-                await self._loop.run_in_executor(self._settling, settle)
-            except (CkptError, OSError) as error:
-                log.warning("what the workers left in memory may be lost: %s", error)
+        self._settles = True
+        await self._ask_keeper()
+        self._settles = False
         self._agent.wait()
         self._carry_out()
+
+    def _forsake(self) -> None:
+        """A node is lost: the keeper that is asked hears it now, the one that will be asked hears it then."""
+        self._forsaken = True
+        if self._settles:
+            self._spawn(self._ask_keeper())
+
+    async def _ask_keeper(self) -> None:
+        run, limit_s, lost = self._roster.run, self._options.settle_s, self._forsaken
+        await self._loop.run_in_executor(self._settling, lambda: settle(run, limit_s, lost=lost))
 
     def _watch_workers(self) -> None:
         for pid in self._workers.pids():
@@ -333,6 +348,8 @@ class Service:
                 self.crew.ask()
             case Trace():
                 self._spawn(self._trace())
+            case Forsake():
+                self._forsake()
             case Kill(reason=reason):
                 self._kill(reason)
             case Release(membership=membership):
@@ -360,7 +377,7 @@ class Service:
 
     def _release(self, membership: Membership) -> None:
         self._watched.clear()
-        self._asked = False
+        self._asked = self._forsaken = False
         with self._changed:
             self._assigned, self._generation = membership, membership.generation
             self._broken = self._killing = (

@@ -73,6 +73,13 @@ class Agent:
         self.process.kill()
         self.process.wait()
 
+    def lose_node(self, worker: int) -> None:
+        """SIGKILL for agent, worker and keeper, in this order: a worker would start a keeper. As when power is lost."""
+        self.process.kill()
+        os.kill(worker, signal.SIGKILL)
+        kill_keepers(self.ram)
+        self.process.wait()
+
     def wait(self, deadline_s: float = DEADLINE_S) -> int:
         try:
             return self.process.wait(deadline_s)

@@ -283,7 +283,7 @@ class World:
                     self.counter = (f"over {self.view.generation}", self.count)
                 for other in self.nodes:
                     self.later(0.5, name, lambda o=other: self.break_link(name, o))
-            case a.Note():
+            case a.Note() | a.Forsake():
                 pass
 
     def latency(self) -> float:

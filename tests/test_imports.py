@@ -125,6 +125,7 @@ ORDER = [
     "elastic.guard",
     "elastic.stacks",
     "elastic.crew",
+    "elastic.settling",
     "elastic.workers",
     "elastic.hooks",
     "elastic.links",

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from ckpt.keeper.coordinator import GRACE_S, Ledger
+from ckpt.keeper.coordinator import GRACE_S, LOST_S, Ledger
 from ckpt.keeper.node import Node, Snapshot
 from ckpt.keeper.orders import Job, Order, Ordered, Outcome, ToCoordinator, ToWorker
 from ckpt.keeper.persist import Copying, Memory
@@ -92,6 +92,12 @@ def test_a_new_start_does_not_wait_for_a_rank_whose_node_has_no_worker_left() ->
     unknown.quiet("a")
     assert not unknown.tick(1.0, {"a", "b"}), "of b nothing is known"
     assert unknown.tick(1.1 + GRACE_S, {"a", "b"})
+
+    node_lost = ledger_with((first, "a", 0), (first, "b", 1))
+    node_lost.settling_since, node_lost.grace_s = 1.0, LOST_S
+    assert not node_lost.tick(1.0, {"a"})
+    assert node_lost.tick(1.1 + LOST_S, {"a"}), "b is lost, and what it had with it"
+    assert node_lost.grace_s == GRACE_S, "the next one is another matter"
 
     again = ledger_with((first, "a", 0), (first, "b", 1), (second, "a", 0))
     again.settling_since = 1.0

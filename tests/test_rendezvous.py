@@ -58,8 +58,10 @@ def test_a_worker_and_then_the_leader_are_killed(tmp_path: Path) -> None:
         leader = cluster.leader()
         left = {"a", "b", "c"} - {leader}
         worker = cluster.pid_of_worker(leader, second)
-        cluster.agents[leader].kill()
+        cluster.agents[leader].lose_node(worker)
         cluster.trains(left, after=second)
+        late = [name for name in left if cluster.log_has(name, "may be lost")]
+        assert not late, f"the keepers of {late} waited for the one that was lost"
         assert not Path(f"/proc/{worker}").exists(), "the workers of an agent that died are dead, too"
         check_end(cluster, *left)
 

@@ -26,6 +26,7 @@ from ckpt.signing import KEY_VARIABLE
 from ckpt.store import OutcomeUnknown
 
 GRACE_S = 10.0  # for the keepers of other nodes to come back, once a new start waits
+LOST_S = 1.0  # the same, where it is known that a node is lost: for what is under way
 REMEMBERED = 64  # outcomes, for keepers that ask again
 
 
@@ -68,6 +69,7 @@ class Ledger:
         self.open: dict[str, Attempt] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.settling_since: float | None = None
+        self.grace_s = GRACE_S
         self._generation = 0
         self._ranks_on: dict[str, int] = {}  # by each node that ordered anything in this generation
         self._quiet: set[str] = set()  # nodes whose workers are gone
@@ -135,7 +137,7 @@ class Ledger:
         late: list[Action] = []
         here = set(connected)
         settling = self.settling_since is not None
-        waited = self.settling_since is not None and now > self.settling_since + GRACE_S
+        waited = self.settling_since is not None and now > self.settling_since + self.grace_s
         for attempt in list(self.open.values()):
             if attempt.committing:
                 continue
@@ -148,7 +150,7 @@ class Ledger:
         if late:
             late += self._advance()
         if not self.open:
-            self.settling_since = None
+            self.settling_since, self.grace_s = None, GRACE_S
         return late
 
     def _advance(self) -> list[Action]:

@@ -172,10 +172,13 @@ class Courier:
                 self._thread = threading.Thread(target=self._run, name="ckpt-courier", daemon=True)
                 self._thread.start()
 
-    def settle(self, timeout_s: float) -> None:
-        """Return once what earlier workers of this run left on this node is committed or gone."""
+    def settle(self, timeout_s: float, *, lost: bool = False) -> None:
+        """Return once what earlier workers of this run left on this node is committed or gone.
+
+        `lost`: a node is, with its keeper; nobody waits for what only that had.
+        """
         if self.ram.exists():
-            self._ask(Settle(), timeout_s)
+            self._ask(Settle(lost), timeout_s)
 
     def listen(self, host: str, token: bytes, timeout_s: float) -> int:
         """Make this node's keeper the coordinator for other nodes; its port."""

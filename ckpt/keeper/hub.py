@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt.errors import CkptError
 from ckpt.holder import apply_retention
-from ckpt.keeper.coordinator import Action, Attempt, Commits, Ledger, base_for, commit, discard, failure
+from ckpt.keeper.coordinator import LOST_S, Action, Attempt, Commits, Ledger, base_for, commit, discard, failure
 from ckpt.keeper.orders import (
     Broken,
     FromCoordinator,
@@ -134,10 +134,12 @@ class Hub:
     def tick(self) -> None:
         self._act(self.ledger.tick(time.monotonic(), {self._name, *self._outboxes}))
 
-    def settle(self) -> None:
-        """A new start waits: do not wait long for ranks whose keeper is gone."""
-        if self.ledger.open and self.ledger.settling_since is None:
-            self.ledger.settling_since = time.monotonic()
+    def settle(self, *, lost: bool = False) -> None:
+        """A new start waits: do not wait long for ranks whose keeper is gone, and hardly where its node is `lost`."""
+        if self.ledger.open:
+            self.ledger.grace_s = LOST_S if lost else self.ledger.grace_s
+            if self.ledger.settling_since is None:
+                self.ledger.settling_since = time.monotonic()
             self.tick()
 
     async def listen(self, host: str, port: int, token: bytes) -> int:

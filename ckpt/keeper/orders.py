@@ -69,7 +69,9 @@ class Hello(_Message, frozen=True):
 
 
 class Settle(_Message, frozen=True):
-    """Resolve everything that earlier workers left, then answer Settled."""
+    """Resolve everything that earlier workers left, then answer Settled. `lost`: a node is, with all it had."""
+
+    lost: bool = False
 
 
 class Listen(_Message, frozen=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ckpt.errors import CkptError, NotFound
+from ckpt.keeper.coordinator import LOST_S
 from ckpt.keeper.hub import GONE_S, TICK_S, Hub, Remote
 from ckpt.keeper.node import Link, Node
 from ckpt.keeper.orders import (
@@ -71,6 +72,7 @@ class Keeper:
         self._lost: int = 0  # workers that went without Goodbye, and did not come back
         self._alone_since = self._worker_seen = time.monotonic()
         self._settling = 0
+        self._gone_s = GONE_S
         self._hurry = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -110,7 +112,7 @@ class Keeper:
 
     def _give_up_lost_coordinators(self) -> None:
         for address, remote in list(self._remotes.items()):
-            if remote.lost_at is not None and time.monotonic() > remote.lost_at + GONE_S:
+            if remote.lost_at is not None and time.monotonic() > remote.lost_at + self._gone_s:
                 why = f"the keeper at {address[0]}:{address[1]}, which commits, cannot be reached any more."
                 self._node.give_up_on(remote, why)
                 remote.close()
@@ -164,7 +166,7 @@ class Keeper:
             case Listen():
                 await self._listen(worker, message)
             case Settle():
-                task = asyncio.get_running_loop().create_task(self._settle(worker))
+                task = asyncio.get_running_loop().create_task(self._settle(worker, message.lost))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
@@ -181,13 +183,16 @@ class Keeper:
         self._node.repeat_to(remote)
         self._say_if_quiet(remote)
 
-    async def _settle(self, worker: _Worker) -> None:
+    async def _settle(self, worker: _Worker, lost: bool) -> None:
         self._settling += 1
+        self._gone_s = LOST_S if lost else self._gone_s
         try:
-            self._hub.settle()
+            self._hub.settle(lost=lost)
             await self._node.settle()
         finally:
             self._settling -= 1
+            if not self._settling:
+                self._gone_s = GONE_S
         worker.tell(Settled())
 
     # The coordinator's address

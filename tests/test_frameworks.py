@@ -103,11 +103,11 @@ def test_what_a_framework_puts_around_an_object_leaves_no_trace(tmp_path: Path, 
     assert "optim/state/model/weight/exp_avg" in ckpt.load(tmp_path)
 
 
-@pytest.mark.prove
 def test_the_trainer(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "transformers")  # 49 steps of two batches in an epoch
 
 
+@pytest.mark.prove
 def test_the_trainer_on_two_ranks(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "transformers", ranks=2)  # 25 steps in an epoch of 49 batches
 

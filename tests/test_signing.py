@@ -23,6 +23,7 @@ from test_hostile_files import forge
 
 import ckpt
 from ckpt import Checkpointer, CkptError, Commit, Corrupt, Incompatible, Keep
+from ckpt.holder import Holder
 from ckpt.keeper.coordinator import Attempt, commit
 from ckpt.keeper.orders import Job, Stored, Summary
 from ckpt.layout import Layout, World
@@ -256,7 +257,8 @@ def test_an_unsigned_run_is_not_trusted_where_a_key_is_set(tmp_path: Path, monke
 
 def test_a_keeper_without_the_key_is_found_out_before_the_commit(tmp_path: Path) -> None:
     run = RunDirectory.open(tmp_path, create=True)
-    job = Job("000000001.a", 1, 0, 1, "holder", 1, 60.0, False)
+    start = Holder(run, run_id=None, takeover=False).take("a test")
+    job = Job("000000001.a", 1, 0, start.generation, start.nonce, 1, 60.0, False)
     world = World((Layout((), (), (), ()),), (0,))
     weak = Stored(job.attempt, 0, PartRef(10, digest(b"part"), 4096, digest(b"")), ())
     attempt = Attempt(job, 0.0, True, layouts=encode_world(world), summary=Summary("", {}), stored={0: weak})

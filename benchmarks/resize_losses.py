@@ -25,6 +25,7 @@ from results import write_section
 
 WORLDS = (4, 3, 5, 2)
 TOLERANCE = 1e-3
+STEPS_TO_STOP = 2  # in which all ranks have agreed after which step they stop
 PLOT = REPOSITORY / "docs" / "resize-loss.png"
 
 
@@ -55,7 +56,10 @@ def train(folder: Path, worlds: tuple[int, ...], steps: int) -> list[Part]:
 
 
 def resize(cluster: Cluster, world: int, largest: int, steps: int) -> None:
-    """Kill or start nodes until `world` are there, and wait until they have restored."""
+    """Kill or start nodes until `world` are there, and wait until they have restored.
+
+    Workers that wait for the limit are asked to stop for the newcomers, which they do after a step: they get a few.
+    """
     alive = [name for name, agent in cluster.agents.items() if agent.process.poll() is None]
     before = cluster.generation()
     if len(alive) > world:
@@ -65,6 +69,10 @@ def resize(cluster: Cluster, world: int, largest: int, steps: int) -> None:
     for _ in range(world - len(alive)):
         more = {"RESIZE_STEPS": str(steps), "ELASTIC_JOIN_WINDOW_S": "10", "ELASTIC_GROW_WAIT_S": "1"}
         cluster.add(f"n{len(cluster.agents)}", f"1:{largest}", **more)
+    if alive and len(alive) < world:
+        leader = cluster.leader()
+        cluster.until("the workers are asked to stop", lambda: cluster.log_has(leader, "workers are to stop at one"))
+        allow(cluster, cluster.last_step() + STEPS_TO_STOP)
 
     def restored() -> bool:
         return cluster.generation() > before and len(cluster.workers(cluster.generation())) == world

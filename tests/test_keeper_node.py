@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckpt.keeper.coordinator import GRACE_S, LOST_S, Ledger
 from ckpt.keeper.node import Node, Snapshot
-from ckpt.keeper.orders import Job, Order, Ordered, Outcome, ToCoordinator, ToWorker
+from ckpt.keeper.orders import Job, Order, Ordered, Outcome, Persist, Summary, ToCoordinator, ToWorker
 from ckpt.keeper.persist import Copying, Memory
 from ckpt.keeper.ram import RamTier
 from ckpt.run import RunDirectory
@@ -106,3 +106,11 @@ def test_a_new_start_does_not_wait_for_a_rank_whose_node_has_no_worker_left() ->
     job = Job("000000003.aa", 3, 3, 1, "nonce", 2, 600.0, False)
     again.ordered("b", Ordered(job, 1, 1, b"", None), now=1.0)
     assert not again.tick(1.0, {"a", "b"}), "b has come back"
+
+
+def test_nothing_is_stored_before_rank_0_has_said_what_may_be_referred_to() -> None:
+    """A rank that came before rank 0 stored again what had not changed; which one did was a matter of chance."""
+    job, ledger = Job(ATTEMPT, 1, 1, 1, "nonce", 2, 10.0, False), Ledger()
+    assert ledger.ordered("a", Ordered(job, 1, 2, b"", None), now=0.0) == []
+    assert ledger.ordered("a", Ordered(job, 0, 2, b"", Summary("", {})), now=0.0) == [Persist(ATTEMPT)]
+    assert ledger.ordered("b", Ordered(job, 1, 2, b"", None), now=0.0) == [Persist(ATTEMPT)], "who asks again hears it"

@@ -189,8 +189,9 @@ class Ledger:
 def choose_next(in_order: list[Attempt]) -> tuple[Attempt | None, list[Attempt]]:
     """The attempt to bring to the store next, and those that are left out for it.
 
-    One at a time, the oldest first. Where the store may leave steps out, the newest that is complete in RAM goes
-    first, and what is older than that is left out: at once, so that its memory is free for the next.
+    One at a time, the oldest first, once rank 0 has said what it is: what it may refer to follows from that, for all
+    ranks alike. Where the store may leave steps out, the newest that is complete in RAM goes first, and what is older
+    than that is left out: at once, so that its memory is free for the next.
     """
     waiting = [attempt for attempt in in_order if not attempt.persisting]
     newest = next((attempt for attempt in reversed(in_order) if attempt.complete), None)
@@ -200,7 +201,7 @@ def choose_next(in_order: list[Attempt]) -> tuple[Attempt | None, list[Attempt]]
         left_out = [attempt for attempt in older if attempt.job.newest_only]
     waiting = [attempt for attempt in waiting if attempt not in left_out]
     busy = any(attempt.persisting and attempt.missing() for attempt in in_order)
-    return (waiting[0] if waiting and not busy else None), left_out
+    return (waiting[0] if waiting and waiting[0].summary is not None and not busy else None), left_out
 
 
 def _drifted(attempt: Attempt, said: Sealed) -> str:

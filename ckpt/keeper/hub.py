@@ -82,8 +82,9 @@ class Hub:
     def _persist(self, plain: Persist) -> Persist:
         """What to say for it: the same whenever it is said, and what it refers to stays until it is resolved."""
         attempt = self.ledger.open.get(plain.attempt)
-        if attempt is None or attempt.summary is None:
+        if attempt is None:
             return plain
+        assert attempt.summary is not None
         self._bases = {name: chosen for name, chosen in self._bases.items() if name in self.ledger.open}
         if plain.attempt not in self._bases:
             self._bases[plain.attempt] = base_for(self._run.log.view, attempt.job, attempt.summary)

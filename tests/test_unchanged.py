@@ -93,6 +93,18 @@ def test_what_is_referred_to_stays_and_leaves_with_the_last_that_needs_it(tmp_pa
     assert standing(tmp_path)[-1].sources == ()
 
 
+def test_what_is_referred_to_stays_while_saves_overtake_each_other(tmp_path: Path) -> None:
+    """The next save chooses what it refers to before the last is committed, which then would be deleted."""
+    sizes = {"frozen": 700_000, "live": 300_000}
+    with ckpt.Checkpointer(tmp_path, keep=ckpt.Keep(last=1)) as checkpointer:
+        for step in range(1, 25):
+            checkpointer.save(step, state(step, **sizes))
+    forget()
+    assert standing(tmp_path)[-1].step == 24
+    for commit in standing(tmp_path):
+        is_right(tmp_path, commit.step, **sizes)
+
+
 def test_a_step_that_others_need_cannot_be_deleted(tmp_path: Path) -> None:
     save_all(tmp_path, range(1, 5))
     with ckpt.Checkpointer(tmp_path) as checkpointer:

@@ -18,7 +18,8 @@ from typing import Protocol, TypeAlias, TypeVar
 import msgspec
 
 from ckpt.errors import CkptError, Corrupt, SaveFailed
-from ckpt.keeper.coordinator import discard, failure, world_of
+from ckpt.holder import discard
+from ckpt.keeper.coordinator import failure, world_of
 from ckpt.keeper.orders import (
     Abort,
     Broken,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import click
@@ -43,17 +44,19 @@ def cli() -> None:
 @click.option("--nodes", default="1", show_default=True, metavar="MIN:MAX", help="How many nodes may work together.")
 @click.option("--workers", default="auto", show_default=True, metavar="N",
               help="Workers on this node; auto: one for each CUDA device, or one.")  # fmt: skip
+@click.option("--preload", default="", metavar="MODULES",
+              help="Modules, as torch,numpy, that standbys import ahead, so that a restart need not.")  # fmt: skip
 @click.option("--run-id", default="none", metavar="ID", help="Agents of one job have the same; others are refused.")
 @url_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- SCRIPT...")
-def run(nodes: str, workers: str, run_id: str, url: str, command: Sequence[str]) -> None:
+def run(nodes: str, workers: str, preload: str, run_id: str, url: str, command: Sequence[str]) -> None:
     """Start this node's agent for the run at URL: torchrun with elastic rendezvous and restarts without end.
 
     SCRIPT is what torchrun takes there, its other options included: `-- -m package.module`, `-- --no-python ./main`.
     """
     arguments = torchrun_arguments(url, nodes, workers, run_id, list(command))
     sys.argv = ["torchrun", *arguments]  # agents compare what they run
-    sys.exit(_launch(arguments))
+    sys.exit(_launch(arguments, [name.strip() for name in preload.split(",") if name.strip()]))
 
 
 def torchrun_arguments(url: str, nodes: str, workers: str, run_id: str, command: list[str]) -> list[str]:
@@ -70,15 +73,18 @@ def torchrun_arguments(url: str, nodes: str, workers: str, run_id: str, command:
     ]  # fmt: skip
 
 
-def _launch(arguments: list[str]) -> int:
+def _launch(arguments: list[str], preload: list[str]) -> int:
     """Be the agent; the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from elastic.warm import warm_workers
+
     torchrun: Any = run
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        with warm_workers(preload) if preload else nullcontext():
+            torchrun.run(torchrun.parse_args(arguments))
     except SignalException as error:
         click.echo(f"elastic: ended by {signal.Signals(error.sigval).name}", err=True)
         return 128 + int(error.sigval)

@@ -127,6 +127,8 @@ ORDER = [
     "elastic.crew",
     "elastic.settling",
     "elastic.workers",
+    "elastic.standby",
+    "elastic.warm",
     "elastic.hooks",
     "elastic.links",
     "elastic.service",

@@ -18,6 +18,10 @@ from ckpt.console import Json, age, columns, json_option, output, plain, run_com
 MAX_RESTARTS = 1_000_000
 HISTORY = 10
 
+run_id_option = click.option(
+    "--run-id", default=None, metavar="ID", help="The job's, where URL is tcp://host:port (and no CKPT_SIGNING_KEY)."
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="holdfast")
@@ -25,6 +29,7 @@ def cli() -> None:
     """Train on nodes that come and go.
 
     URL is the place of the run, as given to ckpt.Checkpointer: a shared directory or a bucket that all nodes reach.
+    Where there is none: tcp://host:port, kept by the agent on that host, which must live as long as the job.
 
     \b
     Examples:
@@ -96,9 +101,10 @@ def _launch(arguments: list[str], preload: list[str]) -> int:
 
 
 @cli.command("status")
+@run_id_option
 @url_argument
 @json_option
-def show_status(url: str, as_json: bool) -> None:
+def show_status(url: str, run_id: str | None, as_json: bool) -> None:
     """Show who works on the run at URL, who waits, and why generations ended. Takes a few seconds; changes nothing.
 
     \b
@@ -110,7 +116,7 @@ def show_status(url: str, as_json: bool) -> None:
     """
     from elastic.status import status
 
-    output(status(url), as_json, _print)
+    output(status(url, run_id), as_json, _print)
 
 
 def _print(found: Json) -> None:
@@ -133,41 +139,43 @@ def _print(found: Json) -> None:
 
 
 @cli.command("drain")
+@run_id_option
 @click.argument("node")
 @url_argument
-def drain(node: str, url: str) -> None:
+def drain(node: str, url: str, run_id: str | None) -> None:
     """Take NODE out of the run at URL now: all ranks stop at one step, saved, and the others go on from it.
 
     NODE is a host's name, or a node's as `elastic status --json` shows it. Its agent ends with exit code 143, and none
     of this name joins until `elastic cordon --undo`.
     """
-    _put(node, url, drain=True)
+    _put(node, url, run_id, drain=True)
     click.echo(f"{node} leaves; nothing is lost", err=True)
 
 
 @cli.command("cordon")
 @click.option("--undo", is_flag=True, help="Let agents of this name join again.")
+@run_id_option
 @click.argument("node")
 @url_argument
-def cordon(node: str, url: str, undo: bool) -> None:
+def cordon(node: str, url: str, undo: bool, run_id: str | None) -> None:
     """Let NODE work to the end of its generation, and in none after it.
 
     NODE as in `elastic drain`.
     """
     if undo:
-        from ckpt.run import RunDirectory
+        from elastic.registry import open_run
         from elastic.roster import remove_cordon
 
-        remove_cordon(RunDirectory.open(url), node)
+        remove_cordon(open_run(url, run_id), node)
     else:
-        _put(node, url, drain=False)
+        _put(node, url, run_id, drain=False)
 
 
-def _put(node: str, url: str, *, drain: bool) -> None:
-    from ckpt.run import RunDirectory
+def _put(node: str, url: str, run_id: str | None, *, drain: bool) -> None:
+    from elastic.registry import open_run
     from elastic.roster import Cordon, put_cordon
 
-    put_cordon(RunDirectory.open(url), Cordon(node, drain))
+    put_cordon(open_run(url, run_id), Cordon(node, drain))
 
 
 def main() -> NoReturn:

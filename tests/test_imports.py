@@ -121,6 +121,7 @@ ORDER = [
     "elastic.agent",
     "elastic.options",
     "elastic.network",
+    "elastic.registry",
     "elastic.roster",
     "elastic.guard",
     "elastic.stacks",

@@ -51,20 +51,24 @@ def cli() -> None:
               help="Workers on this node; auto: one for each CUDA device, or one.")  # fmt: skip
 @click.option("--preload", default="", metavar="MODULES",
               help="Modules, as torch,numpy, that standbys import ahead, so that a restart need not.")  # fmt: skip
+@click.option("--log-dir", default="", metavar="DIR",
+              help="Also keep what workers print, in a folder for each generation.")  # fmt: skip
 @click.option("--run-id", default="none", metavar="ID", help="Agents of one job have the same; others are refused.")
 @url_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- SCRIPT...")
-def run(nodes: str, workers: str, preload: str, run_id: str, url: str, command: Sequence[str]) -> None:
+def run(nodes: str, workers: str, preload: str, log_dir: str, run_id: str, url: str, command: Sequence[str]) -> None:
     """Start this node's agent for the run at URL: torchrun with elastic rendezvous and restarts without end.
 
     SCRIPT is what torchrun takes there, its other options included: `-- -m package.module`, `-- --no-python ./main`.
     """
-    arguments = torchrun_arguments(url, nodes, workers, run_id, list(command))
+    arguments = torchrun_arguments(url, nodes, workers, run_id, list(command), log_dir)
     sys.argv = ["torchrun", *arguments]  # agents compare what they run
     sys.exit(_launch(arguments, [name.strip() for name in preload.split(",") if name.strip()]))
 
 
-def torchrun_arguments(url: str, nodes: str, workers: str, run_id: str, command: list[str]) -> list[str]:
+def torchrun_arguments(
+    url: str, nodes: str, workers: str, run_id: str, command: list[str], log_dir: str = ""
+) -> list[str]:
     """The command line of torchrun for this agent."""
     if command[0] == "--":
         command = command[1:]
@@ -72,9 +76,10 @@ def torchrun_arguments(url: str, nodes: str, workers: str, run_id: str, command:
         import torch
 
         workers = str(torch.cuda.device_count() or 1)
+    logs = ["--logs-specs", "elastic", "--log-dir", log_dir, "--tee", "3"] if log_dir else []
     return [
         "--rdzv-backend", "elastic", "--rdzv-endpoint", url, "--rdzv-id", run_id, "--max-restarts", str(MAX_RESTARTS),
-        "--nnodes", nodes, "--nproc-per-node", workers, *command,
+        "--nnodes", nodes, "--nproc-per-node", workers, *logs, *command,
     ]  # fmt: skip
 
 
@@ -110,7 +115,8 @@ def show_status(url: str, run_id: str | None, as_json: bool) -> None:
     \b
     --json prints
       {"url": str, "generation": int, "state": "led" | "no leader" | "over" | "done" | "not elastic",
-       "reason": str, "unix_s": float, "spares": [name], "quarantined": [name], "cordoned": [name], "steps": [int],
+       "reason": str, "unix_s": float, "spares": [name], "quarantined": [name], "cordoned": [name],
+       "slow": [str], "steps": [int],
        "members": [{"rank": int, "name": str, "node": str, "addresses": [str], "leads": bool}],
        "generations": [{"generation": int, "unix_s": float, "nodes": int, "reason": str, "commits": int}]}
     """
@@ -127,7 +133,7 @@ def _print(found: Json) -> None:
             leads = "leads" if member["leads"] else ""
             members.add_row(str(member["rank"]), plain(member["name"]), plain(member["addresses"][0]), leads)
         say(members)
-    for what in ("spares", "quarantined", "cordoned"):
+    for what in ("spares", "quarantined", "cordoned", "slow"):
         if found[what]:
             say(f"{what}: {plain(', '.join(found[what]))}")
     say(f"newest steps: {', '.join(map(str, found['steps'])) or 'none'}")

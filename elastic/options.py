@@ -46,10 +46,12 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_UNIT                  the number of nodes is a multiple of this (1)
     ELASTIC_ADDRESS, ELASTIC_PORT, ELASTIC_STORE_PORT
                                   where agents reach this one, and workers the store of a generation (found; free ones)
+    ELASTIC_KEEP_LOGS             with a log directory: of how many generations outputs are kept (10)
     ELASTIC_HOOKS                 module:object with hooks, several with commas
     ELASTIC_HOOK_LIMIT_S          a hook that takes longer is left to itself (60)
     """
     take = _Taker(environment)
+    kept_logs(environment)
     try:
         return Options(
             limits=Limits(minimum, maximum, take.count("UNIT", 1)),
@@ -78,6 +80,14 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
         raise Incompatible(
             f"elastic cannot start: {error}. Correct --nnodes or the variable, and start again"
         ) from error
+
+
+def kept_logs(environment: Mapping[str, str] = os.environ) -> int:
+    """Of how many generations what the workers wrote is kept: ELASTIC_KEEP_LOGS (10), 1 at least."""
+    try:
+        return max(1, _Taker(environment).count("KEEP_LOGS", 10))
+    except ValueError as error:
+        raise Incompatible(f"elastic cannot keep logs: {error}. Correct the variable, and start again") from error
 
 
 class _Taker:

@@ -47,6 +47,7 @@ class Pulse(msgspec.Struct, frozen=True):
     done: bool = False
     waiting: tuple[str, ...] = ()
     avoided: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
 
 class Announcement(msgspec.Struct, frozen=True):
@@ -120,7 +121,8 @@ class Roster:
         """Do what `ask` says, then tell what is there."""
         if ask.pulse is not None:
             self._count += 1
-            pulse = Pulse(self.me.node, ask.pulse, self._count, ask.over, ask.done, ask.waiting, ask.avoided)
+            said = (ask.over, ask.done, ask.waiting, ask.avoided, ask.slow)
+            pulse = Pulse(self.me.node, ask.pulse, self._count, *said)
             self.run.store.put(PULSE, msgspec.json.encode(pulse))
         self._announce(ask.announce)
         view = self.run.log.read()

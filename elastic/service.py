@@ -294,6 +294,8 @@ class Service:
             self._agent.paused()
         if seen.hangs:
             self._agent.hung(seen.hangs, time.monotonic())
+        if seen.paces:
+            self._agent.paces(seen.paces)
         if seen.leaves is not None and not self._agent.leaving:
             reason, deadline_s = seen.leaves
             self._agent.leave(reason)

@@ -14,7 +14,7 @@ WATCH_S = 2.5  # the counter moves every second
 
 
 def status(url: str, run_id: str | None = None, *, watch_s: float = WATCH_S) -> dict[str, Any]:
-    """Generation, members, spares, quarantined nodes, whether the leader's counter moves, last steps, and the history.
+    """Generation, members, spares, quarantined nodes, slow ranks, whether there is a leader, last steps, and history.
 
     Takes `watch_s`, to see the counter move. Raises NotFound if there is no run at `url`.
     """
@@ -60,6 +60,7 @@ def describe(
         else [],
         "spares": list(own.waiting) if own else [],
         "quarantined": list(own.avoided) if own else [],
+        "slow": list(own.slow) if own else [],
         "cordoned": cordoned,
         "steps": [commit.step for commit in view.lineage()][-5:],
         "generations": [

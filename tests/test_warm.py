@@ -144,6 +144,7 @@ def ready():
     return found
 
 generation = int(os.environ["ELASTIC_GENERATION"])
+print("out of", generation, flush=True)
 with open("said", "a") as file:
     print(generation, os.getpid(), os.getppid(), "ahead" in sys.modules, file=file)
 while not ready():
@@ -158,11 +159,12 @@ if generation == 3:
 """
 
 
-def test_a_job_restarts_its_workers_warm_and_without_a_standby_cold(tmp_path: Path) -> None:
+def test_a_job_restarts_its_workers_warm_and_without_a_standby_cold_and_keeps_what_they_print(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     (tmp_path / "ahead.py").touch()
-    more = {"ELASTIC_JOIN_WINDOW_S": "0", "ELASTIC_FRUITLESS_LIMIT": "0", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    process = elastic(tmp_path, "run", "--preload", "ahead", "run", "--", "job.py", **more)
+    more = {"ELASTIC_JOIN_WINDOW_S": "0", "ELASTIC_FRUITLESS_LIMIT": "0", "ELASTIC_KEEP_LOGS": "3"}
+    more["PYTHONPATH"] = f"{ROOT}:{tmp_path}"
+    process = elastic(tmp_path, "run", "--preload", "ahead", "--log-dir", "logs", "run", "--", "job.py", **more)
     code, said = end_of(process)
     assert code == 0, said
     found = [line.split() for line in (tmp_path / "said").read_text().splitlines()]
@@ -170,6 +172,10 @@ def test_a_job_restarts_its_workers_warm_and_without_a_standby_cold(tmp_path: Pa
     assert [one[3] for one in found] == ["False", "True", "True", "False"]
     assert {int(one[2]) for one in found} == {process.pid}
     assert standbys_of(process.pid) == []
+    kept = sorted((tmp_path / "logs").glob("generation-*/*/attempt_*/0/stdout.log"))
+    assert [path.parents[3].name for path in kept] == [f"generation-{number:010d}" for number in (2, 3, 4)]
+    assert [path.read_text() for path in kept] == ["out of 2\n", "out of 3\n", "out of 4\n"]
+    assert all(f"out of {number}\n" in said for number in (1, 2, 3, 4))
 
 
 def test_standbys_and_those_that_were_die_with_their_agent(made: Standbys, tmp_path: Path) -> None:

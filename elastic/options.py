@@ -21,6 +21,8 @@ class Options:
     store_port: int = 0
     settle_s: float = 15.0
     notice_file: str = ""
+    notice_url: str = ""
+    notice_header: str = ""
     hooks: str = ""
     hook_limit_s: float = 60.0
 
@@ -38,6 +40,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_HANG_LIMIT_S          a worker in its loop that makes no step for so long hangs (10 times the longest step
                                   that was seen, at least 300)
     ELASTIC_NOTICE_FILE           once there is a file of this name, this node leaves as planned
+    ELASTIC_NOTICE_URL            once it answers with a text that is not FALSE, this node leaves as planned
+    ELASTIC_NOTICE_HEADER         what it is asked with, <name>: <value>
     ELASTIC_SETTLE_S              how long the keeper may take to store what the workers left, before a restart (15)
     ELASTIC_QUARANTINE_FAILURES   a node that is the first to fail so often is not used if others suffice (2; 0: never)
     ELASTIC_QUARANTINE_WINDOW_S   failures longer ago than this are forgotten (600)
@@ -51,7 +55,7 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_HOOK_LIMIT_S          a hook that takes longer is left to itself (60)
     """
     take = _Taker(environment)
-    kept_logs(environment)
+    kept_logs(environment)  # refused now, not at the first start of workers
     try:
         return Options(
             limits=Limits(minimum, maximum, take.count("UNIT", 1)),
@@ -73,6 +77,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
             store_port=take.count("STORE_PORT", 0),
             settle_s=take.seconds("SETTLE_S", Options.settle_s),
             notice_file=take.text("NOTICE_FILE"),
+            notice_url=take.text("NOTICE_URL"),
+            notice_header=take.text("NOTICE_HEADER"),
             hooks=take.text("HOOKS"),
             hook_limit_s=take.seconds("HOOK_LIMIT_S", Options.hook_limit_s),
         )

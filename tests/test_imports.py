@@ -134,6 +134,7 @@ ORDER = [
     "elastic.hooks",
     "elastic.links",
     "elastic.logs",
+    "elastic.notices",
     "elastic.service",
     "elastic.handler",
     "elastic.status",

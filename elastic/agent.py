@@ -294,9 +294,9 @@ class Agent(Leading):
             self._do(Close(follower))
         self.followers.clear()
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, code: int = EXIT_REFUSED) -> None:
         """Another job has the run, or the run is another one."""
-        self._end(EXIT_REFUSED, reason)
+        self._end(code, reason)
 
     def look_failed(self, now: float) -> None:
         """Storage is away: what runs goes on, and nothing changes."""

@@ -2,7 +2,7 @@
 
 The same few operations, and the same promises between racing creators, as of any store; no checkpoint can be kept here.
 They last as long as that agent: with it they are gone, and so, for the others, is the place that could say who works
-next. What runs goes on without it. An agent that is started there again has other records, and nobody takes them for
+next: without it no generation can begin. An agent that is started there again has other records, and nobody takes them for
 these.
 """
 
@@ -37,6 +37,12 @@ APPEAR_LIMIT_S = 300.0  # for the agent of that host to be started
 APPEAR_WAIT_S = 0.5
 _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]+\]|[^/:\[\]]+):(\d{1,5})/?")
 _ERRORS = {kind.__name__: kind for kind in (AlreadyExists, NotFound, Corrupt, StorageError)}
+
+
+class RegistryLost(Fenced):
+    """The records that this job had are gone: all its agents must be started again."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -241,7 +247,7 @@ class RegistryStore:
         with self._lock:
             answer = self._loop.run_until_complete(self._ask(ask))
             if self._instance not in (None, answer.instance):
-                raise Fenced(
+                raise RegistryLost(
                     f"{self.url}: the agent there was started again and knows nothing of this job. Start all its "
                     "agents again; they go on from the newest checkpoint"
                 )

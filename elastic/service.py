@@ -403,7 +403,7 @@ class Service:
         try:
             seen = await self._in_storage(lambda: self._roster.look(action))
         except Fenced as error:
-            self._agent.refuse(str(error))
+            self._agent.refuse(str(error), error.exit_code)
         except (CkptError, OSError) as error:
             log.warning("%s cannot be read: %s", self._roster.run.url, error)
             self._agent.look_failed(time.monotonic())
@@ -428,7 +428,7 @@ class Service:
         try:
             membership = await self._in_storage(propose)
         except Fenced as error:
-            self._agent.refuse(str(error))
+            self._agent.refuse(str(error), error.exit_code)
         except (CkptError, OSError, RuntimeError) as error:
             log.warning("no generation could be begun: %s", error)
         self._store, self._offered = self._offered if membership is not None else None, None

@@ -1,6 +1,6 @@
 """An interpreter that has imported what workers import, and waits to become one. Run as a script, by `elastic.warm`.
 
-    python -u standby.py FD MODULES SCRIPT ARGUMENTS...         or  -m MODULE ARGUMENTS...
+    python -u standby.py FD preload=MODULES SCRIPT ARGUMENTS...         or  -m MODULE ARGUMENTS...
 
 On FD, a socket, it says READY once MODULES (with commas between) are imported. It is sent the worker's environment as
 JSON in a memory file, with its stdout and stderr; it answers TAKEN, leads a session of its own, and is the worker. It
@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+PRELOAD = "preload="
 READY, TAKE, TAKEN = b"r", b"t", b"k"
 NAME = "elastic-standby"
 LOWEST = 19
@@ -106,4 +107,4 @@ def _rename(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2].split(","), sys.argv[3:])
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2].removeprefix(PRELOAD).split(","), sys.argv[3:])

@@ -54,10 +54,11 @@ class Standby:
     def __init__(self, kind: Kind, modules: Sequence[str]) -> None:
         self.kind = kind
         self._control, theirs = socket.socketpair()
+        preload = standby.PRELOAD + ",".join(modules)
         python, flag, *command = kind.command
         with theirs:
             self.process = subprocess.Popen(
-                [python, flag, standby.__file__, str(theirs.fileno()), ",".join(modules), *command],
+                [python, flag, standby.__file__, str(theirs.fileno()), preload, *command],
                 env=dict(kind.environment),
                 pass_fds=[theirs.fileno()],
             )

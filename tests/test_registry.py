@@ -86,8 +86,9 @@ def test_one_that_was_started_again_is_not_taken_for_the_first_and_one_that_is_g
         run.log.read()
     _, served = join_run(url, "job")
     assert served is not None
-    with pytest.raises(Fenced, match="was started again"):
+    with pytest.raises(Fenced, match="was started again") as caught:
         run.log.read()
+    assert caught.value.exit_code == 75, "not as where another job has the run: to start again helps"
     served.close()
     monkeypatch.setattr(registry, "CALL_LIMIT_S", 0.05)
     with pytest.raises(StorageError, match=r"Nobody serves tcp://192\.0\.2\.1:9"):
@@ -125,3 +126,23 @@ def test_nodes_without_shared_storage_lose_one_and_go_on(tmp_path: Path) -> None
         open_run(url, "job")
     with pytest.raises(NotFound):
         open_run(str(tmp_path / "none"), None)
+
+
+@pytest.mark.prove
+def test_when_the_agent_with_the_records_is_lost_all_start_again_and_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    with Cluster(tmp_path, endpoint=f"tcp://127.0.0.1:{free_port()}") as cluster:
+        for name in "ab":
+            cluster.add(name, "2:2")
+        generation = cluster.trains({"a", "b"})
+        keeps = next(name for name in "ab" if cluster.log_has(name, "this agent keeps the job's records"))
+        other = next(name for name in "ab" if name != keeps)
+        cluster.agents[keeps].lose_node(cluster.pid_of_worker(keeps, generation))
+        cluster.until("the other has stopped", lambda: cluster.log_has(other, "this node's workers end"))
+        before = cluster.last_step()
+        cluster.add(keeps, "2:2")
+        assert cluster.agents[other].wait() == 75
+        cluster.add(other, "2:2")
+        cluster.until("both train again", lambda: cluster.last_step() > before + 3)
+        assert not [event for event in cluster.said() if event["what"] == "restored" and not event["right"]]
+        cluster.finish()
+        assert [cluster.agents[name].wait() for name in "ab"] == [0, 0]

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from ckpt.cli.bench import bench
 from ckpt.cli.change import copy_run, delete_step, gc, pin_step, unpin_step
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
@@ -42,6 +43,7 @@ def cli() -> None:
       ckpt gc /data/run --last 3 --dry-run what would be deleted
       ckpt pin /data/run 2000 --name best  never delete step 2000
       ckpt doctor s3://bucket/run          can a run be kept there
+      ckpt bench /data/run                 what does a save cost, how often to save
       ckpt ls /data/run --json | jq '.steps[-1].step'
 
     \b
@@ -65,6 +67,7 @@ for command in (
     unpin_step,
     delete_step,
     doctor,
+    bench,
 ):
     cli.add_command(command)
 

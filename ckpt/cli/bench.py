@@ -44,10 +44,10 @@ def bench(url: str, mb: int, state_gb: float | None, mtbf_h: float, as_json: boo
        "rates": {"first_copy_bytes_per_s": float, "copy_bytes_per_s": float,
                  "digest_bytes_per_s": float, "write_bytes_per_s": float,
                  "read_bytes_per_s": float, "record_s": float},
-       "cost": COST | null}   # null: the run has no step, and no --state-gb
+       "cost": COST | null}  # null: the run has no step, and no --state-gb
       COST = {"state_bytes": int, "first_copied_s": float, "copied_s": float,
               "durable_s": float, "restored_s": float, "mtbf_s": float,
-              "interval_s": float, "lost": float}   # a share of the time
+              "interval_s": float, "lost": float}  # a share of the time
     """
     store = open_store(url)
     nbytes = amount(mb << 20)

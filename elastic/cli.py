@@ -36,7 +36,7 @@ def cli() -> None:
     Exit codes of run: that of the first worker that failed, and
       0 done   11 another job has the run   75 too few nodes for too long
       76 workers failed again and again without a new step
-      130/143 signals; 143 also where this node left as planned and the job goes on
+      130/143 signals; 143 also where this node left as planned
     """
 
 

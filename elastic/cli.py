@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from ckpt.console import Json, age, columns, json_option, output, plain, run_command, say, url_argument
+from ckpt.run import RunDirectory
 
 MAX_RESTARTS = 1_000_000
 HISTORY = 10
@@ -33,15 +34,16 @@ def cli() -> None:
 
     \b
     Examples:
-      elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4     on every node
+      elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4  on every node
       elastic status /shared/run
       elastic drain node7 /shared/run
 
     \b
     Exit codes of run: that of the first worker that failed, and
-      0 done   11 another job has the run   75 too few nodes for too long, or tcp:// has forgotten the job
+      0 done   11 another job has the run
+      75 too few nodes for too long, or tcp:// has forgotten the job
       76 workers failed again and again without a new step
-      130/143 signals; 143 also where this node left as planned and the job goes on
+      130/143 signals; 143 also where this node left as planned
     """
 
 
@@ -60,6 +62,11 @@ def run(nodes: str, workers: str, preload: str, log_dir: str, run_id: str, url: 
     """Start this node's agent for the run at URL: torchrun with elastic rendezvous and restarts without end.
 
     SCRIPT is what torchrun takes there, its other options included: `-- -m package.module`, `-- --no-python ./main`.
+
+    \b
+    Examples:
+      elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4
+      elastic run --nodes 4 --workers 8 s3://bucket/run -- -m package.train
     """
     arguments = torchrun_arguments(url, nodes, workers, run_id, list(command), log_dir)
     sys.argv = ["torchrun", *arguments]  # agents compare what they run
@@ -110,15 +117,27 @@ def _launch(arguments: list[str], preload: list[str]) -> int:
 @url_argument
 @json_option
 def show_status(url: str, run_id: str | None, as_json: bool) -> None:
-    """Show who works on the run at URL, who waits, and why generations ended. Takes a few seconds; changes nothing.
+    """Show who works on the run at URL, who waits, and why generations ended.
+
+    Takes a few seconds, in which it watches the leader's counter; changes nothing.
+
+    \b
+    Examples:
+      elastic status /shared/run
+      elastic status /shared/run --json | jq -r '.members[].name'
 
     \b
     --json prints
-      {"url": str, "generation": int, "state": "led" | "no leader" | "over" | "done" | "not elastic",
-       "reason": str, "unix_s": float, "spares": [name], "quarantined": [name], "cordoned": [name],
-       "slow": [str], "steps": [int],
-       "members": [{"rank": int, "name": str, "node": str, "addresses": [str], "leads": bool}],
-       "generations": [{"generation": int, "unix_s": float, "nodes": int, "reason": str, "commits": int}]}
+      {"url": str, "generation": int,
+       "state": "led" | "no leader" | "over" | "done" | "not elastic",
+       "reason": str, "unix_s": float,
+       "spares": [str], "quarantined": [str], "cordoned": [str],  # names
+       "slow": [str],  # what is said of ranks that the others wait for
+       "steps": [int],  # the newest
+       "members": [{"rank": int, "name": str, "node": str,
+                    "addresses": [str], "leads": bool}],
+       "generations": [{"generation": int, "unix_s": float, "nodes": int,
+                        "reason": str, "commits": int}]}
     """
     from elastic.status import status
 
@@ -148,14 +167,23 @@ def _print(found: Json) -> None:
 @run_id_option
 @click.argument("node")
 @url_argument
-def drain(node: str, url: str, run_id: str | None) -> None:
+@json_option
+def drain(node: str, url: str, run_id: str | None, as_json: bool) -> None:
     """Take NODE out of the run at URL now: all ranks stop at one step, saved, and the others go on from it.
 
     NODE is a host's name, or a node's as `elastic status --json` shows it. Its agent ends with exit code 143, and none
     of this name joins until `elastic cordon --undo`.
+
+    \b
+    Example:
+      elastic drain node7 /shared/run
+
+    \b
+    --json prints
+      {"url": str, "node": str, "cordoned": bool, "drained": bool}
     """
-    _put(node, url, run_id, drain=True)
-    click.echo(f"{node} leaves; nothing is lost", err=True)
+    run = _put(node, url, run_id, drain=True)
+    output(_cordon_json(run, node, drained=True), as_json, lambda found: say(f"{plain(node)} leaves; nothing is lost"))
 
 
 @cli.command("cordon")
@@ -163,25 +191,46 @@ def drain(node: str, url: str, run_id: str | None) -> None:
 @run_id_option
 @click.argument("node")
 @url_argument
-def cordon(node: str, url: str, undo: bool, run_id: str | None) -> None:
+@json_option
+def cordon(node: str, url: str, undo: bool, run_id: str | None, as_json: bool) -> None:
     """Let NODE work to the end of its generation, and in none after it.
 
     NODE as in `elastic drain`.
+
+    \b
+    Examples:
+      elastic cordon node7 /shared/run
+      elastic cordon --undo node7 /shared/run
+
+    \b
+    --json prints
+      {"url": str, "node": str, "cordoned": bool, "drained": bool}
     """
-    if undo:
-        from elastic.registry import open_run
-        from elastic.roster import remove_cordon
-
-        remove_cordon(open_run(url, run_id), node)
-    else:
-        _put(node, url, run_id, drain=False)
+    run = _lift(node, url, run_id) if undo else _put(node, url, run_id, drain=False)
+    what = "may join again" if undo else "joins no generation after this one"
+    output(_cordon_json(run, node, cordoned=not undo), as_json, lambda found: say(f"{plain(node)} {what}"))
 
 
-def _put(node: str, url: str, run_id: str | None, *, drain: bool) -> None:
+def _put(node: str, url: str, run_id: str | None, *, drain: bool) -> RunDirectory:
     from elastic.registry import open_run
     from elastic.roster import Cordon, put_cordon
 
-    put_cordon(open_run(url, run_id), Cordon(node, drain))
+    run = open_run(url, run_id)
+    put_cordon(run, Cordon(node, drain))
+    return run
+
+
+def _lift(node: str, url: str, run_id: str | None) -> RunDirectory:
+    from elastic.registry import open_run
+    from elastic.roster import remove_cordon
+
+    run = open_run(url, run_id)
+    remove_cordon(run, node)
+    return run
+
+
+def _cordon_json(run: RunDirectory, node: str, *, cordoned: bool = True, drained: bool = False) -> Json:
+    return {"url": run.url, "node": node, "cordoned": cordoned, "drained": drained}
 
 
 def main() -> NoReturn:

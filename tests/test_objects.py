@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from proxy import ALL, QUICK, faulty
 from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
 
 import ckpt
+from ckpt.bench import measure
 from ckpt.doctor import examine
 from ckpt.errors import Incompatible, StorageError
+from ckpt.manifest import digest
 from ckpt.records import Request
 from ckpt.run import RunDirectory, RunLog
 from ckpt.store import OutcomeUnknown, Store
@@ -185,6 +188,13 @@ def test_doctor_trusts_what_can_be_trusted(
     found = examine(open_store(f"{url}/run"))
     assert [trial.seen for trial in found.trials if not trial.ok] == []
     assert found.fences
+    assert not open_store(url).exists("run")
+
+
+def test_bench_measures_a_bucket_and_leaves_it_as_it_was(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket(monkeypatch, moto_server)
+    rates = measure(open_store(f"{url}/run"), 8 << 20, digest, lambda nbytes: None)
+    assert min(asdict(rates).values()) > 0
     assert not open_store(url).exists("run")
 
 

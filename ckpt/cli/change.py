@@ -70,10 +70,10 @@ def gc(
 
     \b
     --json prints
-      {"url": str, "dry_run": bool, "freed": int, in bytes
-       "kept": [{"step": int, "attempt": str, "why": str}, ...],
-       "deleted": [{"step": int, "attempt": str, "nbytes": int}, ...],
-       "abandoned": [str, ...]}   attempts that were never committed
+      {"url": str, "dry_run": bool, "freed": int,  # bytes
+       "kept": [{"step": int, "attempt": str, "why": str}],
+       "deleted": [{"step": int, "attempt": str, "nbytes": int}],
+       "abandoned": [str]}  # attempts that were never committed
     """
     run, view = open_run(url)
     keep = Keep(last=last, every=every, best=Best(best, mode, best_count) if best else None)
@@ -212,7 +212,7 @@ def delete_step(url: str, step: int, dry_run: bool, takeover: bool, as_json: boo
     \b
     --json prints
       {"url": str, "dry_run": bool, "step": int, "attempt": str,
-       "nbytes": int, "done": bool}   false: a job will do it
+       "nbytes": int, "done": bool}  # false: a job will do it
     """
     run, view = open_run(url)
     commit = find(run, view, step)
@@ -259,8 +259,8 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, as_json: boo
     \b
     --json prints
       {"from": str, "to": str,
-       "copied": [{"step": int, "attempt": str, "nbytes": int}, ...],
-       "there_already": [int, ...]}
+       "copied": [{"step": int, "attempt": str, "nbytes": int}],
+       "there_already": [int]}
     """
     run, view, number = open_at(source)
     commits = view.standing() if every and number is None else [find(run, view, number)]

@@ -10,7 +10,7 @@ import click
 
 from ckpt.check import is_whole
 from ckpt.console import Json, age, count, json_option, output, plain, size, url_argument
-from ckpt.errors import NotFound
+from ckpt.errors import Corrupt, NotFound
 from ckpt.resume import RESUME_FROM, Choice, Supervisor, asked_back, choose, environment
 from ckpt.run import RunDirectory
 from ckpt.store import Store
@@ -102,7 +102,10 @@ class _Plan:
             if self._back and asked_back(view, self._back) is None:
                 self._choose, self._back = partial(self._choose, step=None, before=None), ""
             thorough = failed is not None and failed < 128  # it was not killed, so the bytes may be why it failed
-            self.choice = self._choose(view, run.attempts(), partial(is_whole, run, thorough=thorough))
+            try:
+                self.choice = self._choose(view, run.attempts(), partial(is_whole, run, thorough=thorough))
+            except (Corrupt, NotFound) as error:
+                raise type(error)(f"{run.url}: {error}") from None
             self.environment = environment(run.url, self.choice, view.generation)
             self._back = self.environment.get(RESUME_FROM, "")
         _tell(self.words())

@@ -174,7 +174,8 @@ class Ledger:
     def _fail(self, attempt: Attempt, kind: str, message: str) -> list[Action]:
         if attempt.committing:
             return []
-        text = f"{attempt.job.attempt} was not committed: {message} Every older step is as it was."
+        why = message.rstrip(".")
+        text = f"{attempt.job.attempt} was not committed: {why}. Every older step is as it was."
         return [self._end(Outcome(attempt.job.attempt, kind=kind, message=text)), *self._advance()]
 
     def _end(self, outcome: Outcome) -> Outcome:

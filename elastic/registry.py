@@ -1,9 +1,8 @@
 """A run's records where nodes share no storage: in the memory of the agent on one host, as `tcp://host:port` names it.
 
 The same few operations, and the same promises between racing creators, as of any store; no checkpoint can be kept here.
-They last as long as that agent: with it they are gone, and so, for the others, is the place that could say who works
-next: without it no generation can begin. An agent that is started there again has other records, and nobody takes
-them for these.
+They last as long as that agent; without it no generation can begin. An agent that is started there again has other
+records, and nobody takes them for these.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from keepers import until
@@ -45,11 +46,27 @@ def standbys_of(parent: int) -> list[int]:
     return found
 
 
+class Tracked(Standbys):
+    """Of which no worker is left, whatever a test makes of it."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        super().__init__(modules)
+        self.workers: list[subprocess.Popen[Any]] = []
+
+    def start(self, *given: Any) -> subprocess.Popen[Any] | None:
+        if (worker := super().start(*given)) is not None:
+            self.workers.append(worker)
+        return worker
+
+
 @pytest.fixture
 def made() -> Iterator[Standbys]:
-    found = Standbys(["colorsys"])
+    found = Tracked(["colorsys"])
     yield found
     found.close()
+    for worker in found.workers:
+        worker.kill()
+        worker.wait()
     assert standbys_of(os.getpid()) == []
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ckpt.console import Json, age, columns, json_option, output, plain, run_command, say, url_argument
+from ckpt.console import Json, StartsCommand, age, columns, json_option, output, plain, run_command, say, url_argument
 from ckpt.run import RunDirectory
 
 MAX_RESTARTS = 1_000_000
@@ -47,7 +47,9 @@ def cli() -> None:
     """
 
 
-@cli.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@cli.command(
+    "run", cls=StartsCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 @click.option("--nodes", default="1", show_default=True, metavar="MIN:MAX", help="How many nodes may work together.")
 @click.option("--workers", default="auto", show_default=True, metavar="N",
               help="Workers on this node; auto: one for each CUDA device, or one.")  # fmt: skip

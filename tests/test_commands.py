@@ -174,6 +174,22 @@ def test_every_document_is_as_the_help_says(run: Path, tmp_path: Path) -> None:
     assert seen == {called for called in COMMANDS if called != "elastic run"}
 
 
+def test_the_address_may_stand_in_the_environment(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*words: str) -> int:
+        return CliRunner().invoke(ckpt.cli.cli, words).exit_code
+
+    monkeypatch.setenv("CKPT_URL", str(run))
+    assert call("pin", "2", "--name", "two") == 0
+    assert [step["pins"] for step in _printed("ckpt ls")["steps"]][:2] == [["first"], ["two"]]
+    assert (call("unpin", "two"), call("resume", "--dry-run", "--", "python", "train.py")) == (0, 0)
+    assert "no step 9 in this run" in str(CliRunner().invoke(ckpt.cli.cli, ["delete", "9"]).exception)
+    assert (call("pin"), call("pin", str(run), "x", "2"), call("pin", "nothing", "2")) == (2, 2, 1)
+    monkeypatch.delenv("CKPT_URL")
+    assert (call("pin", "2"), call("resume", "--dry-run", "--", "python", "train.py")) == (2, 2)
+    assert call("resume", "--dry-run", "--step", "1", str(run), "--", "python", "train.py") == 0
+    assert call("resume", str(run), "--dry-run", "--", "python", "train.py") == 2
+
+
 @pytest.mark.parametrize(
     ("value", "faults"),
     [

@@ -13,6 +13,7 @@ from ckpt.console import (
     count,
     find,
     json_option,
+    leading_url_argument,
     open_at,
     open_run,
     output,
@@ -142,7 +143,7 @@ def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
 
 
 @click.command("pin")
-@url_argument
+@leading_url_argument
 @click.argument("step", type=click.IntRange(min=0))
 @click.option("--name", callback=_name, metavar="NAME", help="Its name; else step-<N>. Pinned again, a name moves.")
 @json_option
@@ -172,7 +173,7 @@ def _print_pin(found: Json) -> None:
 
 
 @click.command("unpin")
-@url_argument
+@leading_url_argument
 @click.argument("name")
 @json_option
 def unpin_step(url: str, name: str, as_json: bool) -> None:
@@ -192,7 +193,7 @@ def unpin_step(url: str, name: str, as_json: bool) -> None:
 
 
 @click.command("delete")
-@url_argument
+@leading_url_argument
 @click.argument("step", type=click.IntRange(min=0))
 @dry_run_option
 @takeover_option

@@ -9,7 +9,7 @@ from functools import partial
 import click
 
 from ckpt.check import is_whole
-from ckpt.console import Json, age, count, json_option, output, plain, size, url_argument
+from ckpt.console import Json, StartsCommand, age, count, json_option, output, plain, size, url_argument
 from ckpt.errors import Corrupt, NotFound
 from ckpt.resume import RESUME_FROM, Choice, Supervisor, asked_back, choose, environment
 from ckpt.run import RunDirectory
@@ -19,7 +19,7 @@ from ckpt.stores import open_store
 RESTARTS = 100
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(cls=StartsCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Go on from step N; newer ones are left behind.")
 @click.option("--before", type=click.IntRange(min=1), metavar="N", help="Go on from the newest step below N.")
 @click.option("--allow-older", is_flag=True, help="Where the step is damaged: from the newest older one that is whole.")

@@ -106,9 +106,8 @@ class Checkpointer:
 
         def open_first() -> RunDirectory:
             run = RunDirectory.open(place, create=True)
-            check_fencing(run, strict_fencing)
             given = Given.of(os.environ.get("CKPT_START", ""))
-            self._holder = Holder(run, run_id=job, takeover=takeover, given=given)
+            self._holder = Holder(run, run_id=job, takeover=takeover, strict_fencing=strict_fencing, given=given)
             return run
 
         try:
@@ -484,16 +483,3 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def check_fencing(run: RunDirectory, strict: bool) -> None:
-    """Raise Incompatible, or with `strict` off warn, where the store cannot keep two writers apart."""
-    if run.store.capabilities.fences:
-        return
-    if strict:
-        raise Incompatible(
-            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart "
-            f"(`ckpt doctor {run.url}` shows what was tried). If you promise that one job writes at a time, pass "
-            "strict_fencing=False."
-        )
-    log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)

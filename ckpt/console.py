@@ -58,6 +58,10 @@ class StartsCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
+strict_fencing_option = click.option(
+    "--no-strict-fencing", "strict_fencing", flag_value=False, default=True,
+    help="Where the store cannot keep two writers apart: your promise that nobody else writes.",
+)  # fmt: skip
 step_option = click.option("--step", type=click.IntRange(min=0), metavar="N", help="A step; else the newest.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 

@@ -43,6 +43,19 @@ RETIRED_AT_ONCE = 500  # attempts that one record names: it stays far below its 
 _OURS = re.compile(r"MANIFEST|r\d{5,}\.(part|safetensors|packed)|\.tmp-.*")
 
 
+def check_fencing(run: RunDirectory, strict: bool) -> None:
+    """Raise Incompatible, or with `strict` off warn, where the store cannot keep two writers apart."""
+    if run.store.capabilities.fences:
+        return
+    if strict:
+        raise Incompatible(
+            f"{run.url}: this store cannot make a file exclusively and whole, so two writers could not be kept apart "
+            f"(`ckpt doctor {run.url}` shows what was tried). If you promise that one job writes at a time, pass "
+            "strict_fencing=False, or --no-strict-fencing to a command."
+        )
+    log.warning("%s cannot keep two writers apart; one job at a time is your promise", run.url)
+
+
 @dataclass(frozen=True)
 class Given:
     """A start that this job's launcher appended for its workers, as CKPT_START names it: run, generation, nonce."""
@@ -83,11 +96,22 @@ _used: set[Given] = set()  # by a Holder of this process: the next one appends a
 class Holder:
     """A run's directory that this process appends to, from its first `start` on.
 
+    `Incompatible` where the store cannot keep two writers apart, unless `strict_fencing` is off.
+
     Where the launcher appended the start already (`given`), the first holder of a process takes that one; each later
     start of this job names the same members.
     """
 
-    def __init__(self, run: RunDirectory, *, run_id: str | None, takeover: bool, given: Given | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        run_id: str | None,
+        takeover: bool,
+        strict_fencing: bool = True,
+        given: Given | None = None,
+    ) -> None:
+        check_fencing(run, strict_fencing)
         self.run = run
         self._run_id, self._takeover = run_id, takeover
         self._given = given if given is not None and given.run == run.nonce else None
@@ -305,6 +329,23 @@ def find_commit(view: View, step: int | None) -> Commit:
     known = ", ".join(str(commit.step) for commit in lineage[-8:]) or "none"
     what = "checkpoint" if step is None else f"step {step}"
     raise NotFound(f"there is no {what} in this run; newest steps: {known}. `ckpt ls` lists all.")
+
+
+def instead_of(run: RunDirectory, commit: Commit, *, chosen: bool) -> Commit | None:
+    """What to read for a commit that retention has deleted meanwhile; None if it has not.
+
+    `NotFound` if the caller had `chosen` that one.
+    """
+    view = run.log.read()
+    if commit.attempt not in view.retired:
+        return None
+    if chosen:
+        raise NotFound(
+            f"step {commit.step} of {run.url} was deleted by retention while it was read; a state that it was read "
+            f"into is partly overwritten. `ckpt ls {run.url}` lists what there is"
+        )
+    log.warning("step %d was deleted by retention while it was read: there are newer ones", commit.step)
+    return find_commit(view, None)
 
 
 def boot_id() -> str:

@@ -12,8 +12,8 @@ import torch
 from ckpt.adapt import decode_value
 from ckpt.adapt.members import selected
 from ckpt.adapt.values import dtype_from_name
-from ckpt.errors import NotFound
-from ckpt.holder import find_commit
+from ckpt.errors import Corrupt, NotFound
+from ckpt.holder import find_commit, instead_of
 from ckpt.plan import Target, needed_parts, plan_load
 from ckpt.reading import read_data
 from ckpt.restorer import StepReader
@@ -30,8 +30,18 @@ def load(url: str | os.PathLike[str], *, step: int | None = None, keys: Sequence
     `NotFound` if there is no such step or key, `Corrupt` if what is read is damaged.
     """
     run = RunDirectory.open(url)
-    reader = StepReader(run, find_commit(run.log.read(), step))
     chosen = tuple(keys) if keys is not None else None
+    commit = find_commit(run.log.read(), step)
+    while True:
+        try:
+            return _load(StepReader(run, commit), chosen)
+        except Corrupt:
+            if (newer := instead_of(run, commit, chosen=step is not None)) is None:
+                raise
+            commit = newer
+
+
+def _load(reader: StepReader, chosen: tuple[str, ...] | None) -> dict[str, Any]:
     saved, _ = reader.saved()
     names = [key for key in (*saved.specs, *saved.aliases) if selected(key, chosen)]
     tensors = _tensors(reader, sorted({saved.stored(key) for key in names}))
@@ -41,30 +51,34 @@ def load(url: str | os.PathLike[str], *, step: int | None = None, keys: Sequence
             refs = {key[len(name) + 1 :]: partial(loaded.__getitem__, key) for key in saved.under(name)}
             loaded[name] = decode_value(reader.part(owner).values[name], refs)
     if chosen is not None and not loaded:
-        raise NotFound(f"step {reader.commit.step} of {run.url} holds none of {list(chosen)}; `ckpt show` lists keys")
+        raise NotFound(
+            f"step {reader.commit.step} of {reader.run.url} holds none of {list(chosen)}; `ckpt show` lists keys"
+        )
     return dict(sorted(loaded.items()))
 
 
 def _tensors(reader: StepReader, keys: Sequence[str]) -> dict[str, torch.Tensor]:
-    manifest = reader.manifest
-    tensors = [torch.empty(s.shape, dtype=dtype_from_name(s.dtype)) for s in (manifest.world.specs[k] for k in keys)]
+    shapes = [reader.manifest.world.specs[key].shape for key in keys]
     targets = [
-        Target(key, pieces_of(Whole(), tuple(t.shape), 0), tuple(t.shape), direct=True)
-        for key, t in zip(keys, tensors, strict=True)
+        Target(key, pieces_of(Whole(), shape, 0), shape, direct=True) for key, shape in zip(keys, shapes, strict=True)
     ]
-    parts = needed_parts(manifest.world, manifest.ownership, targets)
-    plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in sorted(parts)})
-    read_data(reader.open_data, plan, tensors, threads=reader.threads)
-    return dict(zip(keys, tensors, strict=True))
+    return dict(zip(keys, _read(reader, targets), strict=True))
 
 
 def read_box(reader: StepReader, key: str, box: Slice) -> torch.Tensor:
     """The elements in `box` of stored tensor `key`, whatever its layout was; every block verified."""
-    manifest = reader.manifest
-    spec = manifest.world.specs[key]
-    into = torch.empty(box.shape, dtype=dtype_from_name(spec.dtype))
-    target = Target(key, pieces_of(Declared(box), spec.shape, 0), box.shape, direct=True)
-    parts = needed_parts(manifest.world, manifest.ownership, [target])
-    plan = plan_load([target], {rank: reader.part(rank).chunks for rank in sorted(parts)})
-    read_data(reader.open_data, plan, [into], threads=reader.threads)
-    return into
+    shape = reader.manifest.world.specs[key].shape
+    (found,) = _read(reader, [Target(key, pieces_of(Declared(box), shape, 0), box.shape, direct=True)])
+    return found
+
+
+def _read(reader: StepReader, targets: Sequence[Target]) -> list[torch.Tensor]:
+    """Tensors filled as the targets say. No memory is taken before what shall fill it was found in full length."""
+    world = reader.manifest.world
+    parts = sorted(needed_parts(world, reader.manifest.ownership, targets))
+    for rank in parts:
+        reader.check_files(rank)
+    plan = plan_load(targets, {rank: reader.part(rank).chunks for rank in parts})
+    tensors = [torch.empty(each.shape, dtype=dtype_from_name(world.specs[each.key].dtype)) for each in targets]
+    read_data(reader.open_data, plan, tensors, threads=reader.threads)
+    return tensors

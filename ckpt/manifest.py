@@ -41,7 +41,7 @@ DIGEST_BYTES = 16
 STRONG_DIGEST_BYTES = 32
 MAX_DIMS = 64
 MAX_WORLD = 1 << 22
-MAX_SPLIT_FACTOR = 1 << 16
+MAX_SPLIT_FACTOR = 256  # also of all placements of a sharding together: so many runs a rank may hold
 _MAX_BYTES = 1 << 62
 _ATTEMPT = re.compile(r"[0-9]{9,19}\.[a-z0-9_-][a-z0-9._-]{0,200}")
 _DATA_NAME = re.compile(r"r[0-9]{5,7}\.(safetensors|packed)")
@@ -532,7 +532,11 @@ def _sharding(wire: _Sharding, meshes: list[Mesh], dims: int) -> Sharding:
         case _Sharding(mesh=int(index), placements=tuple(codes), offset=None, shape=None):
             if not 0 <= index < len(meshes) or len(meshes[index].shape) != len(codes):
                 raise ValueError(f"{len(codes)} placements on mesh {index}")
-            return OnMesh(meshes[index], tuple(_placement(code, dims) for code in codes))
+            placements = tuple(_placement(code, dims) for code in codes)
+            runs = prod(placement.split_factor for placement in placements if isinstance(placement, Split))
+            if runs > MAX_SPLIT_FACTOR:
+                raise ValueError(f"a sharding of {runs} runs; the limit is {MAX_SPLIT_FACTOR}")
+            return OnMesh(meshes[index], placements)
     raise ValueError("a sharding is whole, on a mesh, or declared; not a mixture")
 
 

@@ -26,7 +26,7 @@ def pack(raw: memoryview, itemsize: int) -> bytes:
     """`raw`, whole elements of `itemsize` bytes each, at most a few bytes longer than it was."""
     data = bytes(raw)
     planes = [data[i::itemsize] for i in range(itemsize)]
-    stored = [min(_tools.compressor.compress(plane), plane, key=len) for plane in planes]
+    stored = [min(plane, _tools.compressor.compress(plane), key=len) for plane in planes]  # of equal size: as it is
     return struct.pack(f"<{itemsize}I", *map(len, stored)) + b"".join(stored)
 
 

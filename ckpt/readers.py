@@ -15,7 +15,7 @@ import msgspec
 
 from ckpt.agreement import on_first, require_equal, together
 from ckpt.errors import Corrupt, DeadlineExceeded, Incompatible, NotFound
-from ckpt.holder import find_commit
+from ckpt.holder import find_commit, instead_of
 from ckpt.keeper.ram import RamTier
 from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
@@ -133,7 +133,7 @@ def restore_or_fall_back(
                 log.warning("a copy in RAM is damaged, reading step %d from the store: %s", commit.step, error)
                 ram = None
                 continue
-            newer = choose_together(ranks, lambda commit=commit: _instead(run, commit, chosen), run, False)  # type: ignore[misc]
+            newer = choose_together(ranks, lambda commit=commit: instead_of(run, commit, chosen=chosen), run, False)  # type: ignore[misc]
             if newer is not None:
                 commit = newer
                 continue
@@ -172,20 +172,6 @@ def open_on_all(ranks: Ranks, url: str | os.PathLike[str], open_first: Callable[
 
 
 _SHARED = "All nodes must see one directory (NFS, Lustre, a disk of the only node); nothing was written."
-
-
-def _instead(run: RunDirectory, commit: Commit, chosen: bool) -> Commit | None:
-    """What to restore for a commit that retention has deleted; None if it has not."""
-    view = run.log.read()
-    if commit.attempt not in view.retired:
-        return None
-    if chosen:
-        raise NotFound(
-            f"step {commit.step} of {run.url} was deleted by retention while it was read; the state is partly "
-            f"overwritten. `ckpt ls {run.url}` lists what there is"
-        )
-    log.warning("step %d was deleted by retention while it was read: there are newer ones", commit.step)
-    return find_commit(view, None)
 
 
 def _older(lineage: list[Commit], commit: Commit) -> Commit | None:

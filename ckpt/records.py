@@ -20,6 +20,7 @@ from ckpt.errors import Corrupt
 RECORD_LIMIT_BYTES: Final = 64 * 1024
 NAME_LIMIT: Final = 128
 STEP_END: Final = 2**63
+MAINTENANCE: Final = frozenset({"gc", "cp", "import"})  # reasons of starts that go on with no training
 
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]*")
 _ATTEMPT_NAME = re.compile(r"([0-9]{9,19})\.([a-z0-9_-][a-z0-9._-]*)")

@@ -6,7 +6,7 @@ What leaves is named by a `retire` record first and deleted after that, by the h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
@@ -15,7 +15,7 @@ import msgspec
 
 from ckpt.errors import Incompatible, NotFound
 from ckpt.log import DELETE, View
-from ckpt.records import Commit, Request, parse_attempt
+from ckpt.records import MAINTENANCE, Commit, Request, parse_attempt
 
 
 class Best(msgspec.Struct, frozen=True):
@@ -34,9 +34,8 @@ class Best(msgspec.Struct, frozen=True):
 class Keep(msgspec.Struct, frozen=True, kw_only=True):
     """Keep the newest `last` steps, the first of each `every` steps, and the best; everything else leaves.
 
-    Pinned steps stay, and so does the step that the present generation went on from: it is the newest that was read
-    back. Steps that were left behind by going back stay until the run has come past them again. `ValueError` for
-    numbers below 1.
+    Pinned steps stay, and so does the step that the last job went on from: it is the newest that was read back. Steps
+    that were left behind by going back stay until the run has come past them again. `ValueError` for numbers below 1.
     """
 
     last: int = 1
@@ -102,9 +101,24 @@ def kept_for_itself(view: View, keep: Keep | None) -> dict[str, str]:
     lineage, asked = view.standing(), view.asked_to_delete()
     kept = {name: reason for name, reason in _kept_by_rule(view, lineage, keep).items() if name not in asked}
     kept.setdefault(lineage[-1].attempt, "the newest step")
-    if view.holder is not None and view.holder.base is not None:
-        kept.setdefault(view.holder.base, "the step that this generation went on from")
+    for base in _gone_on_from(view):
+        kept.setdefault(base, "the step that the last job went on from")
     return kept | {pin.attempt: f"pinned as {name}" for name, pin in view.pins.items()}
+
+
+def _gone_on_from(view: View) -> Iterator[str]:
+    """Where the last job that committed anything, and those after it, went on from: the newest that was read back.
+
+    A start of `ckpt gc` and the like reads nothing back.
+    """
+    committed = {commit.generation for commit in view.commits.values()}
+    for start in reversed(view.starts):
+        if start.reason in MAINTENANCE:
+            continue
+        if start.base is not None and start.base not in view.retired:
+            yield start.base
+        if start.generation in committed:
+            return
 
 
 def _keep_sources(view: View, kept: dict[str, str]) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
@@ -53,6 +54,7 @@ _TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appende
 _UNKNOWN_LIMIT = 12  # creates of unknown outcome, 40 s of waiting in all; what stands there is read after each
 _UNKNOWN_WAIT_S = 8.0
 _LOOK_S = 0.05
+_WINDOW = 256  # slots that are read at once: a gap behind them ends it
 
 RecordT = TypeVar("RecordT", Start, Commit, Pin, Unpin, Retire, Request)
 
@@ -219,15 +221,16 @@ class RunLog:
 
     def _read_new(self) -> list[Entry]:
         slots = range(self._view.next_slot, self._end())
-        if len(slots) > 1 and by_requests(self._store):
-            with ThreadPoolExecutor(REQUESTS) as pool:
-                found = list(pool.map(self._slot, slots))
-        else:
-            found = list(map(self._slot, slots))
         entries, chain = list[Entry](), self._chain
-        for slot, data in zip(slots, found, strict=True):
-            entry, chain = self._entry(slot, data, chain)
-            entries.append(entry)
+        with ExitStack() as stack:
+            read: Callable[..., Iterable[bytes | None]] = map
+            if len(slots) > 1 and by_requests(self._store):
+                read = stack.enter_context(ThreadPoolExecutor(REQUESTS)).map
+            for first in range(0, len(slots), _WINDOW):
+                window = slots[first : first + _WINDOW]
+                for slot, data in zip(window, read(self._slot, window), strict=True):
+                    entry, chain = self._entry(slot, data, chain)
+                    entries.append(entry)
         self._view, self._chain = self._view.extend(entries), chain
         return entries
 

@@ -84,6 +84,6 @@ class Chain:
 
 
 _GENUINE = (
-    "Every record before it is genuine; to go on from there, find out who wrote this one, then move it and all later "
-    "ones out of log/"
+    "First check that CKPT_SIGNING_KEY is the key of this run. If it is, every record before this one is genuine; to "
+    "go on from there, find out who wrote this one, then move it and all later ones out of log/"
 )

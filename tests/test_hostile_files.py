@@ -120,10 +120,10 @@ def test_a_part_that_cannot_be_true(tmp_path: Path, name: str) -> None:
     assert bits(target) == bits(state(1))
 
 
-def _with_spec(manifest: Manifest) -> Manifest:
+def _with_spec(manifest: Manifest, rows: int = 16) -> Manifest:
     """A manifest that claims a larger tensor than its parts hold."""
     layout = manifest.world.layouts[0]
-    entries = tuple(replace(entry, spec=TensorSpec("float32", (16, 4))) for entry in layout.entries)
+    entries = tuple(replace(entry, spec=TensorSpec("float32", (rows, 4))) for entry in layout.entries)
     return changed(manifest, world=replace(manifest.world, layouts=(replace(layout, entries=entries),)))
 
 
@@ -133,6 +133,12 @@ def test_a_larger_tensor_than_was_stored(tmp_path: Path) -> None:
     with pytest.raises(Corrupt, match=r"a: .*not cover|a at"):
         ckpt.restore(tmp_path, target)
     assert not target["a"].any()
+
+
+def test_no_memory_is_taken_for_what_was_not_stored(tmp_path: Path) -> None:
+    forge(tmp_path, manifest=lambda manifest: _with_spec(manifest, 1 << 46))
+    with pytest.raises(Corrupt, match=r"not cover|a at"):
+        ckpt.load(tmp_path)
 
 
 def test_the_manifest_of_another_attempt(tmp_path: Path) -> None:

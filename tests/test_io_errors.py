@@ -55,7 +55,8 @@ def disarm(plan: Path) -> bool:
     return reached
 
 
-FAULTS = [(fault, sticky) for fault in (errno.EIO, errno.ENOSPC, errno.EDQUOT, "short") for sticky in (False, True)]
+KINDS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, "short")
+FAULTS = [(fault, sticky) for fault in KINDS for sticky in (False, True)]
 FIRST = [(errno.EIO, False), (errno.ENOSPC, True)]  # the others are tried when a full proof is asked for
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import servers
+from click.testing import CliRunner
 from conformance import StoreConformance, pages
 from jobs import Pool, run_job
 from keepers import forget, kill_keepers, until
@@ -23,8 +24,9 @@ from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
 
 import ckpt
 from ckpt.bench import measure
+from ckpt.cli import cli
 from ckpt.doctor import examine
-from ckpt.errors import Incompatible, StorageError
+from ckpt.errors import Corrupt, Incompatible, StorageError
 from ckpt.manifest import digest
 from ckpt.records import Request
 from ckpt.run import RunDirectory, RunLog
@@ -216,7 +218,36 @@ def test_a_store_that_lies_needs_a_promise(
     with ckpt.Checkpointer(url, strict_fencing=False) as checkpointer:
         assert "your promise" in caplog.text
         checkpointer.save(1, {"n": 1}, blocking=True)
-    assert ckpt.load(url) == {"n": 1}
+        checkpointer.save(2, {"n": 2}, blocking=True)
+        checkpointer.save(3, {"n": 3}, blocking=True)
+    forget()
+    for command in (["pin", url, "1"], ["gc", url, "--last", "1", "--takeover"], ["cp", url, f"{url}2"]):
+        with pytest.raises(Incompatible, match="--no-strict-fencing"):
+            CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert command[0] == "cp" or ckpt.load(url, step=2) == {"n": 2}, "nothing was written"
+        CliRunner().invoke(cli, [*command, "--no-strict-fencing"], catch_exceptions=False)
+    assert [commit.step for commit in RunDirectory.open(url).log.read().standing()] == [1, 3]
+    assert ckpt.load(f"{url}2") == {"n": 3}
+
+
+def test_an_upload_without_a_byte(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 does not complete one without a part."""
+    store = open_store(f"{bucket(monkeypatch, moto_server)}/run")
+    store.write_data("steps/000000001.a/r00000.packed", 5000).finish(0)
+    assert store.size("steps/000000001.a/r00000.packed") == 0
+
+
+def test_a_name_far_behind_the_end_of_the_log(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write there makes a reader ask for a few slots, not for two billion."""
+    url = f"{bucket(monkeypatch, moto_server)}/run"
+    RunDirectory.open(url, create=True)
+    open_store(url).put("log/1999999999.json", b"")
+    asked: list[str] = []
+    get = s3.S3Bucket.get
+    monkeypatch.setattr(s3.S3Bucket, "get", lambda self, key, *where: (asked.append(key), get(self, key, *where))[1])
+    with pytest.raises(Corrupt, match="is missing although later records exist"):
+        RunDirectory.open(url).log.read()
+    assert len(asked) < 300
 
 
 # Faults on the way

@@ -19,7 +19,7 @@ from ckpt.holder import Holder, apply_retention, find_commit
 from ckpt.log import View, decide_retire, replay
 from ckpt.readers import restore_or_fall_back
 from ckpt.records import Commit, Entry, Pin, Retire, Start
-from ckpt.restorer import Relaxed
+from ckpt.restorer import Relaxed, StepReader
 from ckpt.retention import plan_retention
 from ckpt.run import RunDirectory
 
@@ -226,6 +226,29 @@ def test_a_reader_that_loses_the_race_takes_the_newest_or_says_so(tmp_path: Path
         assert state["step"] == 4
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_whole_tensors_that_lose_the_race_come_from_the_newest_or_it_says_so(
+    tmp_path: Path, by_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, range(1, 3), None)
+
+    class Late(StepReader):
+        """Has chosen, and is overtaken by the run before it reads."""
+
+        def __init__(self, *given: Any) -> None:
+            monkeypatch.undo()
+            train(tmp_path, range(3, 5), Keep(), first=2)
+            super().__init__(*given)
+
+    monkeypatch.setattr("ckpt.loader.StepReader", Late)
+    if by_hand:
+        with pytest.raises(ckpt.NotFound, match=r"step 1 .* was deleted by retention"):
+            ckpt.load(tmp_path, step=1)
+    else:
+        monkeypatch.setattr("ckpt.loader.find_commit", lambda view, step: find_commit(view, 1))
+        assert ckpt.load(tmp_path)["step"] == 4
+
+
 # The command
 
 
@@ -266,6 +289,18 @@ def test_the_command_leaves_a_run_alone_that_a_job_holds(tmp_path: Path) -> None
         assert gc(str(tmp_path), "--last", "1", "--dry-run").returncode == 0
     assert gc(str(tmp_path), "--last", "1", "--takeover").returncode == 0
     assert on_disk(tmp_path) == [3]
+
+
+def test_the_step_that_a_job_went_on_from_outlives_the_command_however_often_it_is_called(tmp_path: Path) -> None:
+    """A start of gc itself reads nothing back: after it the head alone would stay, which nobody has read."""
+    train(tmp_path, range(1, 3), None)
+    train(tmp_path, range(3, 6), None, first=2)
+    for _ in range(3):
+        assert gc(str(tmp_path), "--last", "1", "--takeover").returncode == 0
+        assert steps_of(tmp_path) == on_disk(tmp_path) == [2, 5]
+    train(tmp_path, range(6, 7), None, first=5)
+    assert gc(str(tmp_path), "--last", "1", "--takeover").returncode == 0
+    assert steps_of(tmp_path) == on_disk(tmp_path) == [5, 6]
 
 
 def test_the_command_adopts_what_a_job_left_complete(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def a_start(path: Path) -> Start:
 def test_a_forged_start_neither_fences_nor_goes_back(tmp_path: Path) -> None:
     first = record(slots(saved(tmp_path, 1, 2))[1])
     append(tmp_path, changed(a_start(tmp_path), base=first.attempt))
-    refused(tmp_path, slots(tmp_path)[-1].name, "is not signed", "Every record before it is genuine")
+    refused(tmp_path, slots(tmp_path)[-1].name, "is not signed", "every record before this one is genuine")
 
 
 def test_a_forged_start_stops_the_job_that_runs_with_what_is_wrong(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from ckpt.console import (
     plain,
     say,
     size,
+    strict_fencing_option,
     url_argument,
 )
 from ckpt.copying import copy_steps
 from ckpt.errors import Fenced
-from ckpt.holder import Holder, carry_out, is_gone
+from ckpt.holder import Holder, carry_out, check_fencing, is_gone
 from ckpt.log import View
 from ckpt.pins import ask_to_delete, checked_name, pin, unpin
 from ckpt.records import Start
@@ -46,6 +47,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what wou
 @click.option("--best-count", type=click.IntRange(1), default=1, show_default=True, help="How many of the best.")
 @dry_run_option
 @takeover_option
+@strict_fencing_option
 @json_option
 def gc(
     url: str,
@@ -56,6 +58,7 @@ def gc(
     best_count: int,
     dry_run: bool,
     takeover: bool,
+    strict_fencing: bool,
     as_json: bool,
 ) -> None:
     """Delete the steps that a rule does not keep, and those asked for by `ckpt delete`.
@@ -80,14 +83,14 @@ def gc(
     keep = Keep(last=last, every=every, best=Best(best, mode, best_count) if best else None)
     plan = plan_retention(view, keep, run.attempts())
     if not dry_run and (plan.attempts or any(name in view.retired for name in run.attempts())):
-        _carry_out(run, view, plan, takeover)
+        _carry_out(run, view, plan, takeover, strict_fencing)
     output(_plan_json(run, view, plan, dry_run), as_json, _print_plan)
 
 
-def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool) -> None:
+def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool, strict_fencing: bool) -> None:
     still = "Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass --takeover"
     refuse_live(run, view.holder, takeover, still)
-    start = _take(run, takeover)
+    start = _take(run, takeover, strict_fencing)
     carry_out(run, plan, start.generation, start.nonce)
 
 
@@ -99,8 +102,8 @@ def refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: 
         )
 
 
-def _take(run: RunDirectory, takeover: bool) -> Start:
-    taken = Holder(run, run_id=None, takeover=takeover)
+def _take(run: RunDirectory, takeover: bool, strict_fencing: bool) -> Start:
+    taken = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing)
     start = taken.take("gc")
     taken.adopt()  # what the job before left complete: the next one could not any more
     return start
@@ -146,8 +149,9 @@ def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
 @leading_url_argument
 @click.argument("step", type=click.IntRange(min=0))
 @click.option("--name", callback=_name, metavar="NAME", help="Its name; else step-<N>. Pinned again, a name moves.")
+@strict_fencing_option
 @json_option
-def pin_step(url: str, step: int, name: str | None, as_json: bool) -> None:
+def pin_step(url: str, step: int, name: str | None, strict_fencing: bool, as_json: bool) -> None:
     """Keep a step, whatever the rule of the job is.
 
     Counts when this returns, also for a job that trains at the moment, which is not disturbed. `ckpt ls` shows pins,
@@ -163,6 +167,7 @@ def pin_step(url: str, step: int, name: str | None, as_json: bool) -> None:
       {"url": str, "step": int, "attempt": str, "name": str}
     """
     run, view = open_run(url)
+    check_fencing(run, strict_fencing)
     find(run, view, step)
     made = pin(run, step, name)
     output({"url": run.url, "step": step, "attempt": made.attempt, "name": made.name}, as_json, _print_pin)
@@ -175,8 +180,9 @@ def _print_pin(found: Json) -> None:
 @click.command("unpin")
 @leading_url_argument
 @click.argument("name")
+@strict_fencing_option
 @json_option
-def unpin_step(url: str, name: str, as_json: bool) -> None:
+def unpin_step(url: str, name: str, strict_fencing: bool, as_json: bool) -> None:
     """Let go of a pin, by its name: rules count again for its step.
 
     \b
@@ -188,6 +194,7 @@ def unpin_step(url: str, name: str, as_json: bool) -> None:
       {"url": str, "name": str}
     """
     run, _ = open_run(url)
+    check_fencing(run, strict_fencing)
     unpin(run, name)
     output({"url": run.url, "name": name}, as_json, lambda found: say(f"{found['name']} pins nothing any more"))
 
@@ -197,8 +204,9 @@ def unpin_step(url: str, name: str, as_json: bool) -> None:
 @click.argument("step", type=click.IntRange(min=0))
 @dry_run_option
 @takeover_option
+@strict_fencing_option
 @json_option
-def delete_step(url: str, step: int, dry_run: bool, takeover: bool, as_json: bool) -> None:
+def delete_step(url: str, step: int, dry_run: bool, takeover: bool, strict_fencing: bool, as_json: bool) -> None:
     """Delete one step.
 
     Where a job holds the run it is asked to, and does so after its next save; otherwise it is done at once. The newest
@@ -221,9 +229,10 @@ def delete_step(url: str, step: int, dry_run: bool, takeover: bool, as_json: boo
     if dry_run:
         decide_delete(view, nonce="dry-run", attempt=commit.attempt)
     else:
+        check_fencing(run, strict_fencing)
         ask_to_delete(run, commit)
         if done:
-            start = _take(run, takeover)
+            start = _take(run, takeover, strict_fencing)
             carry_out(run, plan_retention(run.log.view, None), start.generation, start.nonce)
     about = {"step": step, "attempt": commit.attempt, "nbytes": commit.nbytes}
     output({"url": run.url, "dry_run": dry_run, **about, "done": done}, as_json, _print_deleted)
@@ -244,8 +253,9 @@ def _print_deleted(found: Json) -> None:
 @click.argument("target", metavar="TO")
 @click.option("--all", "every", is_flag=True, help="All steps of the lineage, oldest first; else the newest.")
 @takeover_option
+@strict_fencing_option
 @json_option
-def copy_run(source: str, target: str, every: bool, takeover: bool, as_json: bool) -> None:
+def copy_run(source: str, target: str, every: bool, takeover: bool, strict_fencing: bool, as_json: bool) -> None:
     """Copy steps of a run into another place, from any store to any other.
 
     FROM is URL or URL@STEP, TO the URL of a run, which is begun where there is none. Every byte is verified on the
@@ -266,11 +276,12 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, as_json: boo
     run, view, number = open_at(source)
     commits = view.standing() if every and number is None else [find(run, view, number)]
     into = RunDirectory.open(target, create=True)
-    known, holder = set(into.log.read().commits), into.log.view.holder
-    refuse_live(into, holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    known = set(into.log.read().commits)
+    holder = Holder(into, run_id=None, takeover=takeover, strict_fencing=strict_fencing)
+    refuse_live(into, into.log.view.holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
     missing = [commit for commit in commits if commit.attempt not in known]
     with byte_progress(sum(commit.nbytes for commit in missing)) as told:
-        made = copy_steps(run, missing, Holder(into, run_id=None, takeover=takeover), told)
+        made = copy_steps(run, missing, holder, told)
     copied = [{"step": each.step, "attempt": each.attempt, "nbytes": each.nbytes} for each in made]
     there = [commit.step for commit in commits if commit.attempt in known]
     output({"from": run.url, "to": into.url, "copied": copied, "there_already": there}, as_json, _print_copied)

@@ -7,7 +7,19 @@ from pathlib import Path
 import click
 
 from ckpt.cli.change import refuse_live, takeover_option
-from ckpt.console import Json, byte_progress, count, find, json_option, open_at, output, plain, say, size
+from ckpt.console import (
+    Json,
+    byte_progress,
+    count,
+    find,
+    json_option,
+    open_at,
+    output,
+    plain,
+    say,
+    size,
+    strict_fencing_option,
+)
 from ckpt.holder import Holder
 from ckpt.interop.moving import FORMATS, SHARD_BYTES, Format, Moved, export_step, import_step
 from ckpt.restorer import StepReader
@@ -57,6 +69,7 @@ def export_run(source: str, target: Path, form: Format, only: str, max_shard_byt
 @click.option("--only", default="", metavar="KEY", help="Only what lies at this key of the file.")
 @click.option("--trust-pickle", is_flag=True, help="Run what a pickle says, in a process without network.")
 @takeover_option
+@strict_fencing_option
 @json_option
 def import_file(
     source: Path,
@@ -67,6 +80,7 @@ def import_file(
     only: str,
     trust_pickle: bool,
     takeover: bool,
+    strict_fencing: bool,
     as_json: bool,
 ) -> None:
     """Make a step of a run out of a checkpoint of another library.
@@ -90,7 +104,7 @@ def import_file(
     run = RunDirectory.open(target, create=True)
     run.log.read()
     refuse_live(run, run.log.view.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")
-    holder = Holder(run, run_id=None, takeover=takeover)
+    holder = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing)
     with byte_progress(0) as told:
         commit, moved = import_step(
             source, holder, step, form, prefix=prefix, only=only, trust_pickle=trust_pickle, on_bytes=told

@@ -48,7 +48,6 @@ from ckpt.adapt.state import component
 from ckpt.adapt.values import can_cast, dtype_from_name, dtype_name, extend_encode
 from ckpt.arguments import run_id_of, step_number
 from ckpt.buffers import narrow
-from ckpt.checkpointer import check_fencing
 from ckpt.errors import Incompatible, NotFound
 from ckpt.holder import Given, Holder, find_commit
 from ckpt.layout import Entry, Layout, Owned, World, cover_faults
@@ -154,7 +153,6 @@ def _refuse_id(checkpoint_id: object) -> None:
 
 def _holder_of(run: RunDirectory) -> Holder:
     if run.nonce not in _holders:
-        check_fencing(run, strict=True)
         given = Given.of(os.environ.get("CKPT_START", ""))
         _holders[run.nonce] = Holder(run, run_id=run_id_of(None), takeover=False, given=given)
     return _holders[run.nonce]

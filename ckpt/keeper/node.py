@@ -319,7 +319,8 @@ class Node:
 
     async def _write(self, snapshot: Snapshot, there: dict[int, Chunk]) -> tuple[tuple[Chunk, ...], int]:
         """Write the data file without the chunks that are `there`; all chunks as they lie then, and its bytes."""
-        packs = await self._thread(self._packs, snapshot)
+        new = len(there) < len(snapshot.order.slots)  # a file without a tensor is no packed one
+        packs = new and await self._thread(self._packs, snapshot)
         path = self._run.attempt_path(snapshot.attempt, data_name(snapshot.rank, packs))
         began = time.monotonic()
         write = self._write_packed if packs else self._write_changed if there else self._write_whole
@@ -329,8 +330,8 @@ class Node:
         if not packs and data_bytes > PACKING_SAMPLE_BYTES:
             self._stores_per_s = data_bytes * snapshot.order.local_world / max(seconds, 1e-9)
         if there:
-            new = iter(chunks)
-            chunks = tuple(there.get(index) or next(new) for index in range(len(snapshot.order.slots)))
+            written = iter(chunks)
+            chunks = tuple(there.get(index) or next(written) for index in range(len(snapshot.order.slots)))
         return chunks, data_bytes
 
     async def _write_whole(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:

@@ -155,7 +155,7 @@ class Retried:
 
     def upload(self, key: str, nbytes: int) -> tuple[Upload, int]:
         upload, part_bytes = self._again("begin upload of", key, lambda: self._bucket.upload(key, nbytes))
-        return _RetriedUpload(self, key, nbytes, upload), part_bytes
+        return _RetriedUpload(self, key, upload), part_bytes
 
     def abort_uploads(self, prefix: str) -> None:
         self._again("abort uploads below", prefix, lambda: self._bucket.abort_uploads(prefix))
@@ -164,11 +164,13 @@ class Retried:
 class _RetriedUpload:
     """Parts are sent again as they are; a completion whose answer was lost is recognised by what stands there."""
 
-    def __init__(self, bucket: Retried, key: str, nbytes: int, upload: Upload) -> None:
-        self._bucket, self._key, self._nbytes, self._upload = bucket, key, nbytes, upload
+    def __init__(self, bucket: Retried, key: str, upload: Upload) -> None:
+        self._bucket, self._key, self._upload = bucket, key, upload
+        self._sent: dict[int, int] = {}  # bytes of each part
 
     def part(self, index: int, data: bytes | bytearray) -> None:
         self._bucket._again(f"send part {index} of", self._key, lambda: self._upload.part(index, data))
+        self._sent[index] = len(data)
 
     def complete(self) -> None:
         asked: list[bool] = []
@@ -184,7 +186,7 @@ class _RetriedUpload:
     def _is_there(self) -> bool:
         """The name is our own and was empty before, so an object of this size is what was completed."""
         found = self._bucket.list(self._key, deep=True)
-        return any(each.key == self._key and each.nbytes == self._nbytes for each in found)
+        return any(each.key == self._key and each.nbytes == sum(self._sent.values()) for each in found)
 
     def abort(self) -> None:
         self._bucket._again("abort the upload of", self._key, self._upload.abort)

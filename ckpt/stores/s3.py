@@ -116,16 +116,22 @@ class S3Bucket:
         return _Parts(self, key, answer["UploadId"]), parts_of(nbytes, PART_BYTES, PARTS_LIMIT)
 
     def abort_uploads(self, prefix: str) -> None:
-        try:
-            answer = self._call("list uploads below", prefix, "list_multipart_uploads", Prefix=prefix)
-        except Busy:
-            raise
-        except (NotFound, StorageError) as error:  # a server that knows no such list, or a user who may not see it
-            log.info("unfinished uploads, if there are any, are left to the bucket's own rules: %s", error)
-            return
-        for each in answer.get("Uploads", ()):
-            if each["Key"].startswith(prefix):  # some servers do not heed the prefix
-                _Parts(self, each["Key"], each["UploadId"]).abort()
+        more: dict[str, Any] = {}
+        while True:
+            try:
+                answer = self._call("list uploads below", prefix, "list_multipart_uploads", Prefix=prefix, **more)
+            except Busy:
+                raise
+            except (NotFound, StorageError) as error:  # a server that knows no such list, or a user who may not see it
+                log.info("unfinished uploads, if there are any, are left to the bucket's own rules: %s", error)
+                return
+            for each in answer.get("Uploads", ()):
+                if each["Key"].startswith(prefix):  # some servers do not heed the prefix
+                    _Parts(self, each["Key"], each["UploadId"]).abort()
+            after = {name: answer.get(f"Next{name}") for name in ("KeyMarker", "UploadIdMarker")}
+            if not answer.get("IsTruncated") or not all(after.values()) or after == more:
+                return
+            more = after
 
     def _call(self, operation: str, key: str, method: str, *, exclusive: bool = False, **arguments: Any) -> Any:
         def act() -> Any:
@@ -163,6 +169,10 @@ class _Parts:
         self._tags[index] = {"PartNumber": index + 1, **kept}
 
     def complete(self) -> None:
+        if not self._tags:  # S3 knows no upload without a part
+            self.abort()
+            self._bucket.put(self._key, b"")
+            return
         parts = {"Parts": [self._tags[index] for index in sorted(self._tags)]}
         self._bucket._call(
             "complete", self._key, "complete_multipart_upload",

@@ -53,8 +53,8 @@ class StartsCommand(click.Command):
                 if not url:
                     raise click.UsageError("Missing argument 'URL' before `--`, and CKPT_URL is not set.", ctx)
                 args = [*args[:at], url, *args[at:]]
-            elif isinstance(rest := given.get("command"), tuple) and rest and rest[0].startswith("-"):
-                raise click.UsageError(f"{rest[0]} is an option: it stands before the URL.", ctx)
+            elif isinstance(found := given.get("command"), tuple) and found and found[0].startswith("-"):
+                raise click.UsageError(f"{found[0]} is an option: it stands before the URL.", ctx)
         return super().parse_args(ctx, args)
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound
+from ckpt.events import point
 from ckpt.log import HEAD, View, decide_commit, decide_retire, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
@@ -204,7 +205,8 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
     """
     nonce, unix_s = secrets.token_hex(8), time.time()
     run.check_unchanged()
-    return run.log.append(
+    point("record", step=manifest.step)
+    done = run.log.append(
         lambda view: decide_commit(
             view,
             generation=generation,
@@ -222,6 +224,8 @@ def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation
             sources=manifest.sources,
         )
     )
+    point("commit", step=done.step, attempt=done.attempt, generation=done.generation)
+    return done
 
 
 def apply_retention(
@@ -240,6 +244,8 @@ def apply_retention(
 
 def carry_out(run: RunDirectory, plan: Plan, generation: int, holder_nonce: str) -> None:
     """Retire the attempts of `plan`, and delete the bytes of all that are retired."""
+    if plan.attempts:
+        point("retire", attempts=list(plan.attempts))
     for first in range(0, len(plan.attempts), RETIRED_AT_ONCE):
         attempts, nonce = plan.attempts[first : first + RETIRED_AT_ONCE], secrets.token_hex(8)
         run.log.append(

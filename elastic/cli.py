@@ -157,6 +157,49 @@ def cordon(node: str, url: str, undo: bool) -> None:
         _put(node, url, drain=False)
 
 
+@cli.command("chaos", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@click.option("--seed", default=0, show_default=True, help="Draws nodes, and the faults of random.")
+@click.option("--nodes", type=click.IntRange(min=1), help="So many, instead of what the scenario says.")
+@click.option("--minutes", default=2.0, show_default=True, help="For how long random draws faults.")
+@click.option("--folder", type=click.Path(file_okay=False), help="A new one for the run, logs and report.")
+@click.option("--reference", is_flag=True, help="First run undisturbed, and compare every metric with it.")
+@click.option("--processes", is_flag=True, help="Nodes without namespaces, as without root.")
+@click.option("--list", "as_list", is_flag=True, help="Show the faults and scenarios, and what each needs.")
+@json_option
+@click.argument("scenario", required=False)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT...")
+def chaos(
+    seed: int, nodes: int | None, minutes: float, folder: str | None, reference: bool, processes: bool, as_list: bool,
+    as_json: bool, scenario: str | None, command: Sequence[str],
+) -> None:  # fmt: skip
+    """Put SCRIPT through the failures of SCENARIO on this machine, and judge whether it kept its promises.
+
+    SCENARIO is a shipped one, `random`, or a TOML file. SCRIPT is what `elastic run` takes; it finds the place of its
+    run in CKPT_URL. Writes report.html and report.json.
+
+    \b
+    Examples:
+      elastic chaos --list
+      elastic chaos node-loss -- train.py
+      elastic chaos random --seed 7 --minutes 5 -- train.py
+
+    Exit code 0 only if no oracle is red.
+    """
+    from elastic.chaos import command as chaos_command
+
+    if as_list:
+        chaos_command.show_listing(as_json)
+        return
+    if scenario is None or not command:
+        raise click.UsageError("which SCENARIO, and which -- SCRIPT? `elastic chaos --list` shows the scenarios")
+    sys.exit(
+        chaos_command.run(
+            scenario, command, seed=seed, nodes=nodes, minutes=minutes, folder=folder, reference=reference,
+            as_processes=processes, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
 def _put(node: str, url: str, *, drain: bool) -> None:
     from ckpt.run import RunDirectory
     from elastic.roster import Cordon, put_cordon
@@ -167,3 +210,7 @@ def _put(node: str, url: str, *, drain: bool) -> None:
 def main() -> NoReturn:
     """Entry point: run the command, say what went wrong on stderr, exit as the module says."""
     run_command(cli, "elastic")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import msgspec
 
 from ckpt import errors
 from ckpt.errors import CkptError, Incompatible, SaveFailed
+from ckpt.events import point
 from ckpt.holder import append_commit
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
@@ -264,6 +265,7 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         sources=tuple(sorted({source for part in stored for source in part.sources})),
     )
     data = encode_manifest(manifest)
+    point("manifest", step=job.step)
     try:
         run.store.put(run.attempt_path(job.attempt, "MANIFEST"), data)
     except OutcomeUnknown:

@@ -28,7 +28,7 @@ class Span:
     stop: float
 
 
-KINDS = ("productive", "recompute", "saving", "detection", "rendezvous", "restore")
+KINDS = ("productive", "recompute", "saving", "detection", "rendezvous", "restore", "ending")
 
 
 def spans(instants: Iterable[Instant], end: float) -> list[Span]:
@@ -37,6 +37,7 @@ def spans(instants: Iterable[Instant], end: float) -> list[Span]:
     A step that is higher than all before was productive, another one is computed again. The time in which `save` did
     not return counts as saving. From the last step of a generation until an agent proposes the next is detection, also
     of a step that was not finished; from there until workers begin to restore is rendezvous, with the start of Python.
+    What comes after the last step is the end.
     """
     found: list[Span] = []
     at, highest, blocked, now = 0.0, 0, 0.0, "rendezvous"
@@ -55,7 +56,7 @@ def spans(instants: Iterable[Instant], end: float) -> list[Span]:
             found.append(Span(now, at, instant.at))
             now = "rendezvous"
         at, blocked = instant.at, 0.0
-    found.append(Span(now, at, max(end, at)))
+    found.append(Span("ending" if now == "detection" else now, at, max(end, at)))
     return [span for span in found if span.stop > span.start]
 
 

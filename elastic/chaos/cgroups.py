@@ -34,12 +34,16 @@ def root_of(controller: str) -> tuple[Path, int] | None:
 class Cgroup:
     """A group of one controller for the processes of a node; they are put in by writing to `path`/cgroup.procs."""
 
-    def __init__(self, controller: str, name: str) -> None:
+    def __init__(self, path: Path, version: int) -> None:
+        self.path, self.version = path, version
+
+    @classmethod
+    def make(cls, controller: str, name: str) -> Cgroup:
         found = root_of(controller)
         if found is None:
             raise GroundError(f"there is no {controller} control group on this machine")
-        self.path, self.version = found[0] / name, found[1]
-        self.path.mkdir()
+        (path := found[0] / name).mkdir()
+        return cls(path, found[1])
 
     def freeze(self, frozen: bool) -> None:
         """Stop or go on, every process at once; returns when it is so."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 import time
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import click
@@ -21,6 +23,7 @@ from elastic.chaos.judge import judge, passed
 from elastic.chaos.report import document, page
 from elastic.chaos.scenario import Scenario, draw, parse
 
+EXIT_TERMINATED = 143
 RANDOM = "random"
 RANDOM_HEAL_S = {"node-loss": 3.0, "maintenance": 3.0, "link-cut": 8.0, "freeze": 8.0, "slow-link": 8.0}
 
@@ -37,7 +40,7 @@ def scenario_of(name: str, seed: int, minutes: float, can: frozenset[str]) -> Sc
     if name == RANDOM:
         shares = {kind: fault.share for kind, fault in FAULTS.items() if fault.share and fault.needs <= can}
         shares.pop("bit-rot", None)  # it ends a run that was not written to fall back
-        return draw(seed, minutes, shares, RANDOM_HEAL_S)
+        return draw(f"{RANDOM}-{seed}", minutes, shares, RANDOM_HEAL_S, Random(seed).random)
     if Path(name).suffix == ".toml" and Path(name).is_file():
         return parse(Path(name).read_text(), Path(name).stem)
     if name in (known := shipped()):
@@ -106,10 +109,13 @@ def run(
         raise NotFound(f"{scenario.name} needs {', '.join(sorted(lacks))}, which is not there: root on Linux is needed")
     place = Path(folder) if folder else Path(tempfile.mkdtemp(prefix=f"chaos-{time.strftime('%m%d-%H%M%S')}-"))
     click.echo(f"{scenario.name}: {scenario.title}; everything goes to {place}", err=True)
-    evidence = conduct(
-        scenario, command, place, seed=seed, can=can, reference=reference,
-        tell=lambda text: click.echo(text, err=True),
-    )  # fmt: skip
+    try:
+        evidence = conduct(
+            scenario, command, place, seed=seed, can=can, reference=reference,
+            tell=lambda text: click.echo(text, err=True),
+        )  # fmt: skip
+    except asyncio.CancelledError:
+        return EXIT_TERMINATED
     judgements = judge(evidence)
     found = document(evidence, judgements)
     (place / "report.json").write_text(json.dumps(found))

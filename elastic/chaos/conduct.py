@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,10 +21,8 @@ from elastic.chaos.listen import Hold
 from elastic.chaos.nodes import Node
 from elastic.chaos.scenario import Planned, Scenario
 
-log = logging.getLogger("elastic.chaos")
-
 SAVE_MARKS = ("save", "copy", "saved", "seal", "part", "manifest", "record", "commit")
-LEFT_LIMIT_S = 20.0
+LEFT_LIMIT_S = 45.0  # longer than keepers wait for workers that were lost
 PICK_LIMIT_S = 30.0
 Tell = Callable[[str], None]
 
@@ -41,7 +39,8 @@ def conduct(
 ) -> Evidence:
     """Run `command` through `scenario` below `folder`, which is new; blocking. GroundError if nodes cannot be made.
 
-    `reference`: first run it undisturbed, for the metrics that it would have reported.
+    At SIGINT and SIGTERM everything is removed first. `reference`: run it undisturbed before, for the metrics that it
+    would have reported.
     """
     undisturbed = None
     if reference:
@@ -74,22 +73,27 @@ class _Conductor:
     async def run(self) -> Evidence:
         ground, evidence = self._ground, self._evidence
         directing: asyncio.Task[None] | None = None
+        this = asyncio.current_task()
+        assert this is not None
+        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: then nobody asks
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
         try:
             await ground.open()
             await asyncio.gather(*(ground.add() for _ in range(self._scenario.nodes)))
             directing = asyncio.create_task(self._direct())
             async with asyncio.timeout(self._scenario.limit_s):
                 await self._ended(directing)
+            evidence.seconds = ground.now()
             evidence.left = await left_behind(ground, LEFT_LIMIT_S)
         except TimeoutError:
-            evidence.timed_out = True
+            evidence.timed_out, evidence.seconds = True, ground.now()
             self._tell(f"not over within {self._scenario.limit_s:g} s")
         finally:
             if directing is not None:
                 directing.cancel()
             for task in self._healing:
                 task.cancel()
-            evidence.seconds, evidence.marks, evidence.lives = ground.now(), self._listener.marks, ground.lives
+            evidence.marks, evidence.lives = self._listener.marks, ground.lives
             with contextlib.suppress(CkptError, OSError):
                 await asyncio.to_thread(self._check)
             await ground.close()

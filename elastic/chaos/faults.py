@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +29,16 @@ NOTICE_S = 5.0
 FLAPS = 3
 FLAP_S = 0.5
 FLIPPED_BIT = 0x10
+MARGIN_BYTES, BITE_BYTES, BITES = 16 << 20, 4 << 20, 1024
+EATER = """
+import os, sys
+open(sys.argv[1], "w").write(str(os.getpid()))
+open("/proc/self/oom_score_adj", "w").write("-1000")
+eaten = []
+while os.read(0, 1):
+    eaten.append(b"x" * int(sys.argv[2]))
+    os.write(1, b"y")
+"""  # a bite for each byte that it reads
 
 
 class Fault(ABC):
@@ -304,26 +316,33 @@ class Straggler(Fault):
 
 
 class OutOfMemory(Fault):
-    """A node's memory runs out and the kernel kills what is largest, most often a worker (exit code 137)."""
+    """Another process of a node takes its memory, and the kernel kills a worker for it (exit code 137)."""
 
-    kind, stands_for, heals = "out-of-memory", "a node whose memory runs out", True
+    kind, stands_for = "out-of-memory", "a node whose memory runs out"
     needs = frozenset({"boxes", "memory"})
 
     async def inject(self) -> str:
-        self._worker()
-        group = self._boxed().cgroups["memory"]
-        before = set(self.node.workers())
-        limit = group.memory_bytes()
-        while before <= set(self.node.workers()):
-            limit = int(limit * 0.8)  # below what is in use the kernel must kill, or refuses: then less is tried
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(group.limit_memory, limit)
-            await asyncio.to_thread(_push, group.path)
-            await asyncio.sleep(0.05)
-            if limit < 1 << 20:
-                raise GroundError("the kernel killed nobody")
-        group.limit_memory(None)
-        return f"the memory of {self.node.name} was limited to {limit >> 20} MiB; a worker was killed for it"
+        worker, group = self._worker(), self._boxed().cgroups["memory"]
+        Path(f"/proc/{worker}/oom_score_adj").write_text("1000")  # the first to go, as where containers limit pods
+        group.limit_memory(group.memory_bytes() + MARGIN_BYTES)
+        eater = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", "-c", EATER, str(group.path / "cgroup.procs"), str(BITE_BYTES),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert eater.stdin is not None
+        assert eater.stdout is not None
+        try:
+            for _ in range(BITES):
+                eater.stdin.write(b"x")
+                if await eater.stdout.read(1) != b"y" or not processes.lives(worker):
+                    break
+        finally:
+            eater.stdin.close()
+            await eater.wait()
+            group.limit_memory(None)
+        if processes.lives(worker):
+            raise GroundError("the kernel killed nobody")
+        return f"memory ran out on {self.node.name}, and worker {worker} was killed for it"
 
 
 class DiskFull(Fault):
@@ -399,12 +418,6 @@ def _flip(file: Path) -> int:
         data.seek(at)
         data.write(bytes([byte ^ FLIPPED_BIT]))
     return at
-
-
-def _push(group: Path) -> None:
-    """Have version 1 give back what it can, so that only what is in use is left."""
-    with contextlib.suppress(OSError):
-        (group / "memory.force_empty").write_text("0")
 
 
 FAULTS: dict[str, type[Fault]] = {

@@ -168,7 +168,7 @@ class Ground:
             node = Boxed(name, self.place, life, on_end, self.hub, self.disk.before if self.disk else ())
             for controller in CONTROLLERS:
                 if controller in self.can:
-                    group = Cgroup(controller, f"holdfast-chaos-{self.identity}-{name}-{len(self.lives)}")
+                    group = Cgroup.make(controller, f"holdfast-chaos-{self.identity}-{name}-{len(self.lives)}")
                     node.cgroups[controller] = group
         else:
             node = Plain(name, self.place, life, on_end)

@@ -1,8 +1,8 @@
 """Nodes on one machine: something with an agent, its own memory, and a link, that can be lost as a whole.
 
 `Boxed` nodes have network, mount, pid, ipc and uts namespaces, so that losing one is what the kernel does when its
-first process dies; they need root. `Plain` nodes are processes in sessions of their own, with folders of their own,
-on the machine's own network. Nothing of either outlives the process that made it, however that ends.
+first process dies; they need root, and end with the process that made them, however that ends. `Plain` nodes are
+processes in sessions of their own, with folders of their own, on the machine's own network.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Boxed(Node):
         self._on_end()
 
     async def power_off(self) -> None:
-        if self._box is not None:
+        if self._box is not None and self._box.returncode is None:
             if "freezer" in self.cgroups:
                 self.cgroups["freezer"].freeze(False)  # what is frozen does not die
             processes.kill([self.init])  # the kernel kills the others with it
@@ -228,9 +228,10 @@ class Plain(Node):
         """Agent, workers and keeper, in this order, until none is left: a worker would start a keeper."""
         if self._process is None:
             return
-        processes.kill([self._process.pid] if self.runs else [])
-        while left := self.processes():
-            processes.kill(left)
+        dying = {self._process.pid} if self.runs else set[int]()
+        processes.kill(dying)
+        while (left := self.processes()) or any(processes.lives(pid) for pid in dying):
+            dying.update(processes.kill(left))  # what dies is no longer among them
             await asyncio.sleep(0.01)
         await self._watch
         shutil.rmtree(self._ram, ignore_errors=True)

@@ -17,6 +17,7 @@ TICKS_LIMIT = 12
 WORDS = {
     "productive": "new steps", "recompute": "steps computed again", "saving": "blocked by saving",
     "detection": "until the fault was noticed", "rendezvous": "rendezvous and start", "restore": "restore",
+    "ending": "after the last step",
 }  # fmt: skip
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from random import Random
+from itertools import accumulate
+from math import log
 from typing import Any, TypeVar
 
 from ckpt.errors import Incompatible
@@ -123,23 +125,22 @@ def _made(kind: type[T], table: Mapping[str, Any]) -> T:
     return kind(**table)
 
 
-def draw(seed: int, minutes: float, shares: Mapping[str, float], heal_s: Mapping[str, float]) -> Scenario:
+def draw(
+    name: str, minutes: float, shares: Mapping[str, float], heal_s: Mapping[str, float], uniform: Callable[[], float]
+) -> Scenario:
     """Faults of `minutes`, kinds by their published shares, with gaps that are exponential with a mean of 15 s.
 
-    The same seed and the same kinds give the same faults. `heal_s`: kinds that must heal, and after how long.
+    `uniform` gives random numbers in [0, 1): the same numbers and kinds give the same faults. `heal_s`: kinds that must
+    heal, and after how long.
     """
-    random, faults, spent = Random(seed), [], 0.0
-    kinds, weights = zip(*sorted(shares.items()), strict=True)
-    while True:
-        gap = random.expovariate(1 / MEAN_GAP_S)
-        spent += gap
-        if spent > minutes * 60:
-            break
-        kind = random.choices(kinds, weights)[0]
+    kinds, faults, spent = sorted(shares), list[Planned](), 0.0
+    totals = list(accumulate(shares[kind] for kind in kinds))
+    while (spent := spent - MEAN_GAP_S * log(1.0 - uniform())) <= minutes * 60:
+        kind = kinds[bisect_right(totals, uniform() * totals[-1])]
         faults.append(Planned(kind, Trigger(seconds=spent), heal_s=heal_s.get(kind)))
     return Scenario(
-        name=f"random-{seed}",
-        title=f"{len(faults)} faults in {minutes:g} minutes, drawn by their published frequencies (seed {seed})",
+        name=name,
+        title=f"{len(faults)} faults in {minutes:g} minutes, drawn by their published frequencies",
         faults=tuple(faults),
         nodes=DRAWN_NODES,
         maximum=DRAWN_NODES,

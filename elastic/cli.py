@@ -158,9 +158,12 @@ def cordon(node: str, url: str, undo: bool) -> None:
 
 
 @cli.command("chaos", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
-@click.option("--seed", default=0, show_default=True, help="Draws nodes, and the faults of random.")
+@click.option("--seed", default=0, show_default=True, help="Draws nodes, and the faults of random and replay.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, metavar="N", help="As many runs, with seeds from --seed on."
+)
 @click.option("--nodes", type=click.IntRange(min=1), help="So many, instead of what the scenario says.")
-@click.option("--minutes", default=2.0, show_default=True, help="For how long random draws faults.")
+@click.option("--minutes", default=2.0, show_default=True, help="For how long random and replay inject faults.")
 @click.option("--folder", type=click.Path(file_okay=False), help="A new one for the run, logs and report.")
 @click.option("--reference", is_flag=True, help="First run undisturbed, and compare every metric with it.")
 @click.option("--processes", is_flag=True, help="Nodes without namespaces, as without root.")
@@ -169,19 +172,21 @@ def cordon(node: str, url: str, undo: bool) -> None:
 @click.argument("scenario", required=False)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT...")
 def chaos(
-    seed: int, nodes: int | None, minutes: float, folder: str | None, reference: bool, processes: bool, as_list: bool,
-    as_json: bool, scenario: str | None, command: Sequence[str],
+    seed: int, seeds: int, nodes: int | None, minutes: float, folder: str | None, reference: bool, processes: bool,
+    as_list: bool, as_json: bool, scenario: str | None, command: Sequence[str],
 ) -> None:  # fmt: skip
     """Put SCRIPT through the failures of SCENARIO on this machine, and judge whether it kept its promises.
 
-    SCENARIO is a shipped one, `random`, or a TOML file. SCRIPT is what `elastic run` takes; it finds the place of its
-    run in CKPT_URL. Writes report.html and report.json.
+    SCENARIO is a shipped one, `random`, `replay TRACE.json`, or a TOML file. SCRIPT is what `elastic run` takes; it
+    finds the place of its run in CKPT_URL. Writes report.html and report.json. Several --seeds in one --folder add up:
+    what is there already is not run again.
 
     \b
     Examples:
       elastic chaos --list
       elastic chaos node-loss -- train.py
       elastic chaos random --seed 7 --minutes 5 -- train.py
+      elastic chaos replay trace.json --minutes 5 -- train.py
 
     Exit code 0 only if no oracle is red.
     """
@@ -194,8 +199,8 @@ def chaos(
         raise click.UsageError("which SCENARIO, and which -- SCRIPT? `elastic chaos --list` shows the scenarios")
     sys.exit(
         chaos_command.run(
-            scenario, command, seed=seed, nodes=nodes, minutes=minutes, folder=folder, reference=reference,
-            as_processes=processes, as_json=as_json,
+            scenario, command, seeds=range(seed, seed + seeds), nodes=nodes, minutes=minutes, folder=folder,
+            reference=reference, as_processes=processes, as_json=as_json,
         )
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +25,9 @@ from ckpt.check import check_step
 from ckpt.run import RunDirectory
 from elastic.chaos import faults, processes
 from elastic.chaos.cgroups import Cgroup, GroundError
-from elastic.chaos.conduct import conduct
+from elastic.chaos.command import shipped
 from elastic.chaos.evidence import Life
 from elastic.chaos.ground import Ground, abilities, outlived
-from elastic.chaos.judge import Judgement, judge, passed
 from elastic.chaos.nodes import Boxed, Plain, inside
 from elastic.chaos.scenario import Scenario
 from elastic.cli import cli
@@ -386,43 +387,38 @@ asyncio.run(main())
 # Real runs
 
 
-def red(judgements: list[Judgement]) -> list[Judgement]:
-    return [one for one in judgements if one.verdict == "red"]
+Chaos = Callable[..., dict[str, Any]]
 
 
-def run_it(tmp_path: Path, name: str, can: frozenset[str], steps: int) -> list[Judgement]:
-    from elastic.chaos.command import shipped
-
-    said: list[str] = []
-    evidence = conduct(shipped()[name], [SCRIPT, str(steps)], tmp_path / "run", seed=0, can=can, tell=said.append)
-    judgements = judge(evidence)
-    for log in sorted((tmp_path / "run").glob("*.log")) if red(judgements) else []:
-        print(f"==== {log.name}\n{log.read_text(errors='replace')[-4000:]}")
-    assert not red(judgements), "\n".join(said)
-    return judgements
-
-
-def test_a_run_survives_a_killed_worker_and_a_lost_node(tmp_path: Path) -> None:
-    judgements = run_it(tmp_path, "worker-then-node", CAN, 16)
-    assert passed(judgements)
-    assert [one.oracle for one in judgements if one.verdict == "not judged"] == []
+def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
+    report = chaos("worker-then-node", [SCRIPT, "16"])
+    assert {one["verdict"] for one in report["oracles"]} == {"green"}
+    assert report["figures"]["generations"] == 3
+    assert report["ground"] == ("namespaces" if "boxes" in CAN else "processes")
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(
-    "name",
-    [
-        "agent-kill", "disk-full", "during-recovery", "freeze-thaw", "leader-loss", "link-cut", "maintenance",
-        "node-loss", "software-crash", "spare-takes-over", "two-nodes", "worker-kill",
-    ],
-)  # fmt: skip
-def test_every_shipped_scenario_is_survived(tmp_path: Path, name: str) -> None:
-    run_it(tmp_path, name, CAN, 40)
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
+    chaos(name, [SCRIPT, "40"])
 
 
 @pytest.mark.prove
-def test_a_run_survives_on_plain_processes(tmp_path: Path) -> None:
-    run_it(tmp_path, "worker-then-node", frozenset(), 16)
+def test_a_run_survives_on_plain_processes(chaos: Chaos) -> None:
+    assert chaos("worker-then-node", [SCRIPT, "16"], processes=True)["ground"] == "processes"
+
+
+@pytest.mark.prove
+def test_losses_are_those_of_the_undisturbed_run(chaos: Chaos) -> None:
+    report = chaos("node-loss", [SCRIPT, "40"], reference=True)
+    assert "40 steps compared" in report["oracles"][7]["evidence"]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HOLDFAST_CHAOS_SEEDS", "3"))))
+def test_faults_drawn_by_their_frequencies_are_survived(chaos: Chaos, seed: int) -> None:
+    print(f"seed {seed}")
+    chaos("random", [SCRIPT, "600", "5"], seed=seed)
 
 
 def test_the_list_says_what_each_fault_needs() -> None:

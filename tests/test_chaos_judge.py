@@ -13,7 +13,7 @@ from ckpt import Shard
 from ckpt.adapt import collect_state
 from ckpt.echo import echo_of
 from ckpt.errors import Incompatible
-from elastic.chaos.command import needs, shipped
+from elastic.chaos.command import needs, shipped, summary
 from elastic.chaos.evidence import Evidence, Injection, Life, Mark
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.judge import (
@@ -32,6 +32,7 @@ from elastic.chaos.judge import (
 )
 from elastic.chaos.report import document, figures, page
 from elastic.chaos.scenario import Promise, Scenario, draw, parse
+from elastic.chaos.trace import recorded, replay
 from elastic.goodput import Instant, spans, split
 
 SCENARIO = Scenario("made", "by hand", ())
@@ -166,6 +167,7 @@ def test_a_sample_that_comes_twice_in_a_pass_is_red() -> None:
 
     assert each_sample_exactly_once(batches([0, 1], [2, 3], [3, 0])).verdict == "green"
     assert each_sample_exactly_once(batches([0, 1], [1, 3])).verdict == "red"
+    assert each_sample_exactly_once(replace(good(), marks=batches([0], [1], [2]).marks[::2])).verdict == "red"
     again = mark("batch", 2, 9.0, number=1, samples=4, indices=[2, 3])
     twice = batches([0, 1], [1, 3])
     assert each_sample_exactly_once(replace(twice, marks=[*twice.marks, again])).verdict == "green", "the newest counts"
@@ -215,6 +217,37 @@ def test_the_same_seed_draws_the_same_faults_in_their_shares() -> None:
     kinds = [fault.kind for fault in one.faults]
     assert 0.6 < kinds.count("worker-kill") / len(kinds) < 0.9
     assert {fault.heal_s for fault in one.faults if fault.kind == "node-loss"} == {3.0}
+
+
+def test_a_recorded_trace_becomes_minutes() -> None:
+    def event(node: str, at: float, what: str, cause: str, described: str = "-") -> dict[str, Any]:
+        kind = {"Level": "Hardware Failure", "Class": cause, "Desc": described}
+        return {"node_id": node, "event_time": at, "event_type": f"fault_{what}", "fault_type": kind}
+
+    faults = recorded(
+        [
+            event("a", 1.0, "start", "GPU"), event("b", 2.0, "start", "Parameter Plane Cable"),
+            event("b", 2.125, "end", "Parameter Plane Cable"), event("c", 3.0, "start", "Fan"),
+            event("a", 3.5, "end", "GPU"),
+            event("b", 4.0, "start", "NIC", "NIC Link Speed low"), event("b", 9.0, "end", "NIC"),
+        ]
+    )  # fmt: skip
+    assert [(one.node, one.start, one.stop) for one in faults] == [
+        ("a", 1.0, 3.5), ("b", 2.0, 2.125), ("c", 3.0, None), ("b", 4.0, 9.0)
+    ]  # fmt: skip
+    scenario = replay("r", faults, 1.0, {"worker-kill", "link-cut", "maintenance"}, lambda: 0.0)
+    assert [(one.kind, one.trigger.seconds, one.heal_s) for one in scenario.faults] == [
+        ("worker-kill", 0.0, None), ("link-cut", 20.0, 2.5), ("maintenance", 40.0, 12.0), ("node-loss", 60.0, 12.0)
+    ]  # fmt: skip
+    with pytest.raises(Incompatible, match="not a fault trace"):
+        recorded([{"node_id": "a"}])
+
+
+def test_many_runs_add_up() -> None:
+    reports = [document(run, judge(run)) for run in (good(), replace(good(), seed=1, left=["process 7"]))]
+    found = summary(reports)
+    assert (found["runs"], found["passed"], found["failed_seeds"]) == (2, 1, [1])
+    assert (found["faults"], found["worst_recovery_s"]) == ({"worker-kill": 2}, 3.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128, torch.bool, torch.int64])

@@ -137,6 +137,7 @@ ORDER = [
     "elastic.goodput",
     "elastic.chaos",
     "elastic.chaos.scenario",
+    "elastic.chaos.trace",
     "elastic.chaos.evidence",
     "elastic.chaos.judge",
     "elastic.chaos.report",
@@ -149,6 +150,7 @@ ORDER = [
     "elastic.chaos.faults",
     "elastic.chaos.conduct",
     "elastic.chaos.command",
+    "elastic.chaos.fixture",
     "elastic.cli",
 ]
 PURE = [
@@ -173,6 +175,7 @@ PURE = [
     "elastic.agent",
     "elastic.goodput",
     "elastic.chaos.scenario",
+    "elastic.chaos.trace",
     "elastic.chaos.evidence",
     "elastic.chaos.judge",
     "elastic.chaos.report",

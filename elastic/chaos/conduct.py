@@ -219,5 +219,6 @@ class _Conductor:
             return False
 
         await self._listener.until(seen)
-        injection.recovered_at = found[0].at
+        for one in self._evidence.faults:  # those during whose recovery this one came, too
+            one.recovered_at = one.recovered_at or found[0].at
         self._tell(f"{found[0].at:6.1f} s  step {found[0].step}, in generation {found[0].generation}")

@@ -380,7 +380,7 @@ class ReadOnly(DiskFull):
 
 
 class BitRot(Fault):
-    """A bit of a data file of the newest step flips in the store: silent corruption was 1.4 % of all causes."""
+    """A bit of each data file of the newest step flips in the store: silent corruption was 1.4 % of all causes."""
 
     kind, stands_for, share = "bit-rot", "silent data corruption", 1.4
     promise = "detected: `ckpt check` names the file, and no restore takes it"
@@ -391,9 +391,8 @@ class BitRot(Fault):
         if view.head is None:
             raise GroundError("nothing is committed yet")
         files = sorted((self.ground.store / "steps" / view.head.attempt).glob("*.safetensors"))
-        file = max(files, key=lambda path: path.stat().st_size)
-        at = _flip(file)
-        return f"byte {at} of {file.name} of step {view.head.step} was changed"
+        done = [f"byte {_flip(file)} of {file.name}" for file in files]
+        return f"of step {view.head.step}, a bit changed in {', '.join(done)}"
 
 
 class NodeGain(Fault):

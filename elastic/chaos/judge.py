@@ -141,11 +141,11 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
 
 
 def each_sample_exactly_once(evidence: Evidence) -> Judgement:
-    """Of the newest generation that made each batch, all ranks together; for `elastic.batches`."""
+    """Of the newest generation that made each batch, all ranks together; for `elastic.batches` of one data set."""
     name, made = "each sample exactly once in a pass", defaultdict[int, dict[int, list[Mark]]](dict)
     for mark in evidence.named("batch"):
         made[mark.facts["number"]].setdefault(mark.generation, []).append(mark)
-    wrong: list[str] = []
+    wrong = [f"batch {number} was left out" for number in range(max(made, default=0)) if number not in made]
     seen = set[int]()
     for number in sorted(made):
         marks = made[number][max(made[number])]

@@ -144,6 +144,11 @@ def draw(
         faults=tuple(faults),
         nodes=DRAWN_NODES,
         maximum=DRAWN_NODES,
-        limit_s=minutes * 60 + 60.0 + 30.0 * len(faults),
+        limit_s=limit_of(minutes, len(faults)),
         environment={"ELASTIC_QUARANTINE_FAILURES": "0"},
     )
+
+
+def limit_of(minutes: float, faults: int) -> float:
+    """Seconds within which a run of so many drawn faults is over."""
+    return minutes * 60 + 60.0 + 40.0 * faults

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ckpt import Shard
 from ckpt.adapt import collect_state
 from ckpt.echo import echo_of
 from ckpt.errors import Incompatible
-from elastic.chaos.command import needs, shipped, summary
+from elastic.chaos.command import needs, shipped
 from elastic.chaos.evidence import Evidence, Injection, Life, Mark
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.judge import (
@@ -33,6 +36,7 @@ from elastic.chaos.judge import (
 from elastic.chaos.report import document, figures, page
 from elastic.chaos.scenario import Promise, Scenario, draw, parse
 from elastic.chaos.trace import recorded, replay
+from elastic.cli import cli
 from elastic.goodput import Instant, spans, split
 
 SCENARIO = Scenario("made", "by hand", ())
@@ -243,9 +247,14 @@ def test_a_recorded_trace_becomes_minutes() -> None:
         recorded([{"node_id": "a"}])
 
 
-def test_many_runs_add_up() -> None:
-    reports = [document(run, judge(run)) for run in (good(), replace(good(), seed=1, left=["process 7"]))]
-    found = summary(reports)
+def test_many_runs_add_up_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+    for seed, run in enumerate((good(), replace(good(), seed=1, left=["process 7"]))):
+        (folder := tmp_path / f"seed-{seed}").mkdir()
+        (folder / "report.json").write_text(json.dumps(document(run, judge(run))))
+    words = ["chaos", "random", "--seeds", "2", "--folder", str(tmp_path), "--json", "--", "never_run.py"]
+    said = CliRunner().invoke(cli, words)
+    found = json.loads(said.stdout)
+    assert said.exit_code == 1
     assert (found["runs"], found["passed"], found["failed_seeds"]) == (2, 1, [1])
     assert (found["faults"], found["worst_recovery_s"]) == ({"worker-kill": 2}, 3.5)
 

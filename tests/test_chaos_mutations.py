@@ -28,7 +28,7 @@ CASES = {
     "reads nothing": ("worker-kill", what_was_restored_was_saved),
     "verifies nothing": ("bit-rot", what_was_restored_was_saved),
     "loses writes": ("worker-kill", no_damaged_step_stands),
-    "no fence": ("worker-kill", what_was_restored_was_saved),
+    "saves the first state again": ("worker-kill", what_was_restored_was_saved),
     "skips a batch": ("worker-kill", each_sample_exactly_once),
     "keeps the keeper": ("worker-kill", nothing_is_left),
     "hides the failure": ("software-crash", the_job_ended_right),

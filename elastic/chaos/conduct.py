@@ -151,7 +151,7 @@ class _Conductor:
             fault = await self._fault(planned, hold.caught.result().node if hold else "")
             at, listener = self._ground.now(), self._listener
             injection = Injection(
-                planned.kind, fault.nodes, at, "", listener.newest_generation(), listener.last_step(), fault.restarts
+                planned.kind, fault.nodes, at, "", listener.generation, listener.last_step, fault.restarts
             )
             injection.what = await fault.inject()
         finally:
@@ -167,9 +167,9 @@ class _Conductor:
         """Wait for it; with a mark, a process is held there."""
         trigger, listener = planned.trigger, self._listener
         if trigger.step is not None:
-            await listener.until(lambda: listener.last_step() >= (trigger.step or 0))
+            await listener.until(lambda: listener.last_step >= (trigger.step or 0))
             return None
-        await listener.until(lambda: listener.last_step() > 0)
+        await listener.until(lambda: listener.last_step > 0)
         if trigger.mark is not None:
             hold = listener.hold(lambda mark: self._is_at(planned, mark))
             await hold.caught
@@ -179,7 +179,7 @@ class _Conductor:
         return None
 
     def _is_at(self, planned: Planned, mark: Mark) -> bool:
-        trigger, leader = planned.trigger, self._listener.leader()
+        trigger, leader = planned.trigger, self._listener.leader
         if mark.name != trigger.mark or (mark.name in SAVE_MARKS and mark.step <= trigger.after_step):
             return False
         named = {"leader": mark.node == leader, "follower": mark.node != leader, "any": True}

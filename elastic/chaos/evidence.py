@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -78,7 +78,5 @@ class Evidence:
 
     def as_json(self) -> dict[str, Any]:
         """All but the echoes, which are long and judged already."""
-        found = asdict(self)
-        for mark in found["marks"]:
-            mark["facts"].pop("echo", None)
-        return found
+        short = [replace(mark, facts={k: v for k, v in mark.facts.items() if k != "echo"}) for mark in self.marks]
+        return asdict(replace(self, marks=short))

@@ -113,7 +113,7 @@ class SoftwareCrash(Fault):
     promise = "stops with code 76 after ELASTIC_FRUITLESS_LIMIT attempts without a new step"
 
     async def inject(self) -> str:
-        step = int(self.amount or self.ground.listener.last_step() + 1)
+        step = int(self.amount or self.ground.listener.last_step + 1)
         self.ground.listener.fail(lambda mark: mark.name == "step" and mark.step >= step and mark.rank == 0)
         return f"rank 0 fails whenever it completes step {step}"
 

@@ -185,14 +185,16 @@ class Ground:
 
     async def close(self) -> None:
         """End and remove everything but the folder. Idempotent."""
-        for node in self.nodes.values():
-            await node.power_off()
+        done = await asyncio.gather(*(node.power_off() for node in self.nodes.values()), return_exceptions=True)
         await self.listener.close()
         for part in (self.hub, self.disk):
             if part is not None:
                 part.close()
         self.hub = self.disk = None
         shutil.rmtree(self.sockets, ignore_errors=True)
+        for failure in done:
+            if failure is not None:
+                raise failure
 
     def now(self) -> float:
         return time.monotonic() - self.began
@@ -200,7 +202,7 @@ class Ground:
     def pick(self, wanted: str) -> Node | None:
         """The node that `wanted` names: a name, `leader`, `follower`, `any`; None if there is none such."""
         running = [node for node in self.nodes.values() if node.runs and node.workers()]
-        leader = self.listener.leader()
+        leader = self.listener.leader
         found = {
             "leader": [node for node in running if node.name == leader],
             "follower": [node for node in running if node.name != leader],
@@ -220,14 +222,14 @@ class Ground:
     def _kept(self, command: Sequence[str]) -> tuple[str, ...]:
         """What must be seen though it may lie in /tmp: parents before what lies in them."""
         named = [Path(word).resolve() for word in command if os.path.exists(word)]
-        paths = [self.folder, self.run, self.sockets, Path.cwd(), Path(sys.prefix), *named]
+        paths = [self.folder, self.run, self.sockets, Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), *named]
         paths += [Path(path).resolve() for path in sys.path if path]
         return tuple(str(path) for path in sorted(set(paths)))
 
 
 def agent_command(scenario: Scenario, url: str, command: Sequence[str]) -> list[str]:
     """What a node runs: `elastic run`, with the user's command as its workers."""
-    words = [word for word in command if word != "--"] if command and command[0] == "--" else list(command)
+    words = list(command[1:] if list(command[:1]) == ["--"] else command)
     if words and os.path.basename(words[0]) in ("python", "python3"):
         words = words[1:]  # the launcher adds its own
     nodes = f"{scenario.minimum}:{scenario.maximum}"

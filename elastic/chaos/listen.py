@@ -34,6 +34,9 @@ class Listener:
     def __init__(self, path: Path, began: float) -> None:
         self.path, self._began = path, began
         self.marks: list[Mark] = []
+        self.generation = 0  # the newest that an agent works in
+        self.leader = ""  # the node whose agent leads it
+        self.last_step = 0  # the highest that a rank has completed
         self._holds: list[Hold] = []
         self._fails: list[Callable[[Mark], bool]] = []
         self._heard = asyncio.Event()
@@ -69,17 +72,6 @@ class Listener:
         """The marks heard after `at` seconds, newest first."""
         return takewhile(lambda mark: mark.at > at, reversed(self.marks))
 
-    def newest_generation(self) -> int:
-        return max((mark.generation for mark in self.marks if mark.name == "join"), default=0)
-
-    def last_step(self) -> int:
-        return max((mark.step for mark in self.marks if mark.name == "step"), default=0)
-
-    def leader(self) -> str | None:
-        """The node whose agent leads the newest generation, as far as was heard."""
-        joins = [mark for mark in self.marks if mark.name == "join" and mark.facts["leads"]]
-        return max(joins, key=lambda mark: mark.generation).node if joins else None
-
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, ValueError):
             line = await reader.readline()
@@ -102,6 +94,11 @@ class Listener:
             facts=facts,
         )
         self.marks.append(mark)
+        if mark.name == "step":
+            self.last_step = max(self.last_step, mark.step)
+        if mark.name == "join" and mark.generation >= self.generation:
+            self.generation = mark.generation
+            self.leader = mark.node if mark.facts["leads"] else self.leader
         self._heard.set()
         for hold in self._holds:
             if not hold.caught.done() and hold.wanted(mark):

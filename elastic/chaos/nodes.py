@@ -106,6 +106,7 @@ class Boxed(Node):
         self._box: asyncio.subprocess.Process | None = None
         self.init = 0  # process id of the node's first process, as we see it
         self._agent: int | None = None
+        self._watch: asyncio.Task[None] | None = None
         self.cgroups: dict[str, Cgroup] = {}  # by controller
 
     async def start(self) -> None:
@@ -174,8 +175,9 @@ class Boxed(Node):
         if self._box is not None and self._box.returncode is None:
             if "freezer" in self.cgroups:
                 self.cgroups["freezer"].freeze(False)  # what is frozen does not die
-            processes.kill([self.init])  # the kernel kills the others with it
+            processes.kill([self.init or self._box.pid])  # the kernel kills the others with it
             await self._box.wait()
+        if self._watch is not None:
             await self._watch
         for cgroup in self.cgroups.values():
             cgroup.remove()

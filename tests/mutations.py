@@ -6,6 +6,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,21 @@ def loses_writes(posix: Any) -> None:
         """As a disk that says it has."""
 
     posix._DataFile.write = write
+
+
+def lets_training_go_on_over_the_copy(fence: Any) -> None:
+    fence.Fence.guard = lambda self, optimizers, wait: None
+    fence.Versions.changed = lambda self: []
+
+
+def copies_late(stage: Any) -> None:
+    copy = stage.Copy._copy
+
+    def late(self: Any, *arguments: Any) -> None:
+        time.sleep(0.3)
+        copy(self, *arguments)
+
+    stage.Copy._copy = late
 
 
 def saves_the_first_state_again(stage: Any) -> None:
@@ -67,6 +83,7 @@ MUTATIONS: dict[str, tuple[tuple[str, Callable[[Any], None]], ...]] = {
     "reads nothing": (("ckpt.reading", reads_nothing),),
     "verifies nothing": (("ckpt.reading", verifies_nothing),),
     "loses writes": (("ckpt.stores.posix", loses_writes),),
+    "no fence": (("ckpt.adapt.fence", lets_training_go_on_over_the_copy), ("ckpt.stage", copies_late)),
     "saves the first state again": (("ckpt.stage", saves_the_first_state_again),),
     "skips a batch": (("elastic.data", skips_a_batch),),
     "keeps the keeper": (("ckpt.keeper.process", keeps_the_keeper),),

@@ -164,17 +164,25 @@ def test_damage_that_was_done_must_be_found() -> None:
     assert no_damaged_step_stands(replace(good(), scenario=told, damage=["a block"])).verdict == "green"
 
 
-def test_a_sample_that_comes_twice_in_a_pass_is_red() -> None:
-    def batches(*each: list[int]) -> Evidence:
-        made = [mark("batch", 1, 1.0 + n, number=n, samples=4, indices=found) for n, found in enumerate(each)]
-        return replace(good(), marks=made)
+def test_a_sample_that_comes_twice_or_not_at_all_is_red() -> None:
+    def steps(generation: int, at: float, first: int, *each: tuple[int, list[int]]) -> list[Mark]:
+        made = []
+        for n, (number, indices) in enumerate(each):
+            made.append(mark("batch", generation, at + n, number=number, samples=4, indices=indices))
+            made.append(mark("step", generation, at + n + 0.5, step=first + n))
+        return made
 
-    assert each_sample_exactly_once(batches([0, 1], [2, 3], [3, 0])).verdict == "green"
-    assert each_sample_exactly_once(batches([0, 1], [1, 3])).verdict == "red"
-    assert each_sample_exactly_once(replace(good(), marks=batches([0], [1], [2]).marks[::2])).verdict == "red"
-    again = mark("batch", 2, 9.0, number=1, samples=4, indices=[2, 3])
-    twice = batches([0, 1], [1, 3])
-    assert each_sample_exactly_once(replace(twice, marks=[*twice.marks, again])).verdict == "green", "the newest counts"
+    def verdict(*marks: list[Mark]) -> str:
+        return each_sample_exactly_once(replace(good(), marks=[one for some in marks for one in some])).verdict
+
+    first = steps(1, 1.0, 1, (0, [0, 1]), (1, [2, 3]), (2, [3, 0]))
+    assert verdict(first) == "green"
+    assert verdict(steps(1, 1.0, 1, (0, [0, 1]), (1, [1, 3]))) == "red"
+    assert verdict(first, steps(2, 9.0, 3, (2, [1, 0]), (3, [2, 3]))) == "green", (
+        "of a step, the newest generation counts"
+    )
+    assert verdict(first, steps(2, 9.0, 3, (3, [1, 2]))) == "red", "batch 2 of the step that was lost is left out"
+    assert verdict([mark("batch", 1, 1.0, number=0, samples=4, indices=[1])]) == "not judged"
 
 
 def test_time_is_split_without_a_gap() -> None:

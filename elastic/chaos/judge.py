@@ -141,23 +141,32 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
 
 
 def each_sample_exactly_once(evidence: Evidence) -> Judgement:
-    """Of the newest generation that made each batch, all ranks together; for `elastic.batches` of one data set."""
-    name, made = "each sample exactly once in a pass", defaultdict[int, dict[int, list[Mark]]](dict)
-    for mark in evidence.named("batch"):
-        made[mark.facts["number"]].setdefault(mark.generation, []).append(mark)
-    wrong = [f"batch {number} was left out" for number in range(max(made, default=0)) if number not in made]
-    seen = set[int]()
-    for number in sorted(made):
-        marks = made[number][max(made[number])]
-        indices = [index for mark in marks for index in mark.facts["indices"]]
-        again = seen.intersection(indices) or len(set(indices)) < len(indices)
-        samples = marks[0].facts["samples"]
-        if again:
-            wrong.append(f"batch {number} has a sample twice")
+    """Of each step the newest generation that made it, all ranks together; for `elastic.batches` of one data set."""
+    name, none = "each sample exactly once in a pass", "the command does not use elastic.batches in checkpointer.steps"
+    made, wrong, seen, expected = _batches_by_step(evidence), list[str](), set[int](), 0
+    for step in sorted(made):
+        marks = made[step][max(made[step])]
+        number, indices = marks[0].facts["number"], [index for mark in marks for index in mark.facts["indices"]]
+        if number != expected:
+            wrong.append(f"step {step} was made of batch {number}, expected {expected}")
+        if seen.intersection(indices) or len(set(indices)) < len(indices):
+            wrong.append(f"batch {number} of step {step} has a sample twice")
+        expected = number + 1
         seen.update(indices)
-        if len(seen) == samples:
+        if len(seen) == marks[0].facts["samples"]:
             seen.clear()
-    return _judged(name, wrong, len(made), f"{len(made)} batches", "the command does not use elastic.batches")
+    return _judged(name, wrong[:5], len(made), f"{len(made)} steps", none)
+
+
+def _batches_by_step(evidence: Evidence) -> dict[int, dict[int, list[Mark]]]:
+    """By step and generation, the batches that it was made of: those between two steps of a process."""
+    made, since = defaultdict[int, dict[int, list[Mark]]](dict), defaultdict[int, list[Mark]](list)
+    for mark in evidence.named("batch", "step"):
+        if mark.name == "batch":
+            since[mark.pid].append(mark)
+        elif batches := since.pop(mark.pid, []):
+            made[mark.step].setdefault(mark.generation, []).extend(batches)
+    return made
 
 
 def nothing_is_left(evidence: Evidence) -> Judgement:

@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from chaos_agent import PORT
+from chaos_ground import CAN, DEADLINE_S, ground_of, soon
 from click.testing import CliRunner
 
 import ckpt
@@ -27,42 +27,15 @@ from elastic.chaos import faults, processes
 from elastic.chaos.cgroups import Cgroup, GroundError
 from elastic.chaos.command import scenario_of, shipped
 from elastic.chaos.evidence import Life
-from elastic.chaos.ground import Ground, abilities, outlived
+from elastic.chaos.ground import Ground
 from elastic.chaos.nodes import Boxed, Plain, inside
 from elastic.chaos.scenario import Scenario
 from elastic.cli import cli
 
 TESTS = Path(__file__).parent
 SCRIPT = str(TESTS / "chaos_script.py")
-CAN = abilities()
-DEADLINE_S = 30.0
 
 boxed = pytest.mark.skipif("boxes" not in CAN, reason="needs root for namespaces")
-
-
-@asynccontextmanager
-async def ground_of(folder: Path, can: frozenset[str], nodes: int = 2, store_mb: int = 0) -> AsyncIterator[Ground]:
-    """Nodes with stand-in agents, ready for faults; nothing is left of them."""
-    scenario = Scenario("faults", "faults themselves", (), nodes=nodes + 1, store_mb=store_mb)
-    ground = Ground(scenario, folder, [], can, 0, time.monotonic())
-    agent = [sys.executable, "-S", str(TESTS / "chaos_agent.py"), *(["answers"] if "boxes" in can else [])]
-    ground.place = replace(ground.place, command=agent, keep=(*ground.place.keep, str(TESTS.parent)))
-    try:
-        await ground.open()
-        for _ in range(nodes):
-            await ground.add()
-        await soon(lambda: len({mark.node for mark in ground.listener.marks if mark.name == "step"}) == nodes)
-        yield ground
-    finally:
-        await ground.close()
-    assert not outlived(ground)
-
-
-async def soon(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        await asyncio.sleep(0.01)
 
 
 def on_both(test: Callable[[Ground], Awaitable[None]]) -> Callable[[Path, frozenset[str]], None]:
@@ -255,7 +228,7 @@ async def test_one_direction_of_a_link_is_lost(ground: Ground) -> None:
 
 @on_boxes()
 async def test_a_link_flaps(ground: Ground) -> None:
-    flapping = asyncio.create_task(faults.Flap(ground, ground.nodes["n2"]).inject())
+    flapping = asyncio.create_task(faults.Flap(ground, ground.nodes["n2"], 0.1).inject())
     assert ground.hub is not None
     hub = ground.hub
     await soon(lambda: hub.is_cut("n2"))
@@ -359,7 +332,7 @@ def test_nothing_outlives_a_chaos_run_that_is_killed(tmp_path: Path) -> None:
 import asyncio, sys, time
 sys.path[:0] = [{str(TESTS)!r}]
 from pathlib import Path
-from test_chaos import CAN, ground_of
+from chaos_ground import CAN, ground_of
 
 async def main():
     async with ground_of(Path({str(tmp_path)!r}), CAN, 1, 16) as ground:

@@ -228,7 +228,7 @@ class OneWayLoss(Fault):
 
 
 class Flap(Fault):
-    """A link goes and comes back within half a second, three times: shorter than what counts as a loss."""
+    """A link goes for `amount` (0.5) seconds and comes back, three times: shorter than what counts as a loss."""
 
     kind, stands_for = "flap", "a link that flaps"
     promise = "survived, most often without a new generation"
@@ -238,12 +238,13 @@ class Flap(Fault):
     async def inject(self) -> str:
         self._boxed()
         assert self.ground.hub is not None
+        seconds = self.amount or FLAP_S
         for _ in range(FLAPS):
             self.ground.hub.cut(self.node.name)
-            await asyncio.sleep(FLAP_S)
+            await asyncio.sleep(seconds)
             self.ground.hub.heal(self.node.name)
-            await asyncio.sleep(FLAP_S)
-        return f"the link of {self.node.name} went {FLAPS} times for {FLAP_S:g} s"
+            await asyncio.sleep(seconds)
+        return f"the link of {self.node.name} went {FLAPS} times for {seconds:g} s"
 
 
 class SlowLink(Fault):

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ckpt.console import Json, columns, output, say
-from ckpt.errors import NotFound
+from ckpt.errors import Incompatible, NotFound
 from elastic.chaos.conduct import conduct
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.ground import abilities
@@ -122,9 +122,11 @@ def run(
         scenario = checked(scenario_of(name, seed, minutes, can), nodes, can)
         here = place / f"seed-{seed}" if len(seeds) > 1 else place
         click.echo(f"{scenario.name}: {scenario.title}; everything goes to {here}", err=True)
-        if (report := here / REPORT).exists():
+        if len(seeds) > 1 and (report := here / REPORT).exists():
             found.append(json.loads(report.read_text()))
             continue
+        if here.is_dir() and any(here.iterdir()):
+            raise Incompatible(f"{here} is not empty, and a run in it would go on where another one ended: remove it")
         try:
             found.append(execute(scenario, command, here, seed=seed, can=can, reference=reference, tell=_tell))
         except asyncio.CancelledError:

@@ -379,7 +379,7 @@ def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
 @pytest.mark.prove
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
-    chaos(patient(name), [SCRIPT, "40"])
+    chaos(patient(name), [SCRIPT, "800" if name == "node-gain" else "40"])  # an agent takes seconds to come
 
 
 @pytest.mark.prove

@@ -397,11 +397,10 @@ class BitRot(Fault):
 
 
 class NodeGain(Fault):
-    """A node more is there, and joins or waits as a spare."""
+    """A node more is there, and joins: fewer than the maximum must be at work."""
 
     kind, stands_for = "node-gain", "a server that was repaired"
     promise = "planned: no step is lost"
-    restarts = False
 
     async def inject(self) -> str:
         node = await self.ground.add()

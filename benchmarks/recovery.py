@@ -1,15 +1,16 @@
-"""How long a killed worker keeps a job from training: stock torchrun + DCP beside elastic + ckpt, in one run.
+"""How long a killed worker keeps a job from training: stock torchrun + DCP beside elastic + ckpt, cold and warm.
 
     python benchmarks/recovery.py                20 kills each, 2 nodes of one worker
     python benchmarks/recovery.py --kills 4
     python benchmarks/recovery.py --write        also update benchmarks/RESULTS.md
 
-The two take turns: a fresh job, and --kills-a-job kills of one worker by SIGKILL, on each node in turn, each after a
+They take turns: a fresh job, and --kills-a-job kills of one worker by SIGKILL, on each node in turn, each after a
 random part of some steps. "Recovered" is the time from the kill to the next step that the whole job has completed. A
 job that has not completed one within the limit has failed, and a fresh one takes its place.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -30,7 +31,12 @@ import machine
 from results import write_section
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = {"elastic": "elastic + ckpt", "stock": "stock torchrun + DCP"}
+LIBRARIES = {
+    "elastic": "elastic + ckpt",
+    "warm": "elastic + ckpt, warm workers",
+    "stock": "stock torchrun + DCP",
+}
+PRELOAD = "torch,torch.distributed.checkpoint,torch.distributed.checkpoint.state_dict,torch.nn.parallel,ckpt"
 LIMIT_S = 120.0
 FIRST_STEPS = 5  # before a kill
 
@@ -49,7 +55,7 @@ class Job:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        backend = {"elastic": ("elastic", str(folder / "run")), "stock": ("c10d", f"127.0.0.1:{port}")}[library]
+        backend = ("c10d", f"127.0.0.1:{port}") if library == "stock" else ("elastic", str(folder / "run"))
         self._agents = [self._start(library, backend, node) for node in range(nodes)]
 
     def _start(self, library: str, backend: tuple[str, str], node: int) -> subprocess.Popen[bytes]:
@@ -64,11 +70,17 @@ class Job:
             "CKPT_KEEPER_GRACE_S": "30",
             "ELASTIC_QUARANTINE_FAILURES": "0",  # every kill is on purpose
         }
+        job = [str(HERE / "recovery_job.py"), "stock" if library == "stock" else "elastic", str(self.folder)]
         command = [
             sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", backend[0], "--rdzv-endpoint", backend[1],
             "--rdzv-id", "recovery", "--max-restarts", "1000000", "--nnodes", str(self.nodes), "--nproc-per-node", "1",
-            str(HERE / "recovery_job.py"), library, str(self.folder),
+            *job,
         ]  # fmt: skip
+        if library == "warm":
+            command = [
+                sys.executable, "-c", "from elastic.cli import main; main()", "run", "--preload", PRELOAD,
+                "--run-id", "recovery", "--nodes", str(self.nodes), "--workers", "1", backend[1], "--", *job,
+            ]  # fmt: skip
         with open(self.folder / f"agent{node}.log", "ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -96,6 +108,14 @@ class Job:
             time.sleep(0.01)
         raise NotInTime(f"no step within {LIMIT_S:g} s")
 
+    def await_standbys(self) -> None:
+        """Wait until every agent has one that is ready."""
+        deadline = time.monotonic() + LIMIT_S
+        while not {agent.pid for agent in self._agents} <= standbys():
+            if time.monotonic() > deadline:
+                raise NotInTime(f"no standbys within {LIMIT_S:g} s")
+            time.sleep(0.05)
+
     def __enter__(self) -> Self:
         return self
 
@@ -107,6 +127,18 @@ class Job:
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self._ram)
         shutil.rmtree(self.folder)
+
+
+def standbys() -> set[int]:
+    """The parents of all that are ready, on this machine."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                name, _, rest = (entry / "stat").read_text().partition(" (")[2].rpartition(") ")
+                if name == "elastic-standby":
+                    found.add(int(rest.split()[1]))
+    return found
 
 
 def ours(ram: str) -> list[int]:
@@ -123,11 +155,18 @@ def ours(ram: str) -> list[int]:
     return found
 
 
-def kill_and_wait(job: Job, kills: int, chance: random.Random, say: Callable[[str], None]) -> list[float | None]:
-    """The seconds from each kill to the next completed step; None ends the list: it did not recover."""
+def kill_and_wait(
+    job: Job, kills: int, chance: random.Random, say: Callable[[str], None], *, warm: bool
+) -> list[float | None]:
+    """The seconds from each kill to the next completed step; None ends the list: it did not recover.
+
+    `warm`: a kill waits for the standbys.
+    """
     found: list[float | None] = []
     _, pids = job.completed_after(0.0, FIRST_STEPS)
     for number in range(kills):
+        if warm:
+            job.await_standbys()
         time.sleep(chance.random() * 0.5)
         at = time.time()
         os.kill(pids[number % job.nodes], signal.SIGKILL)
@@ -154,7 +193,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, list[float | N
                 with Job(library, given.nodes, folder / f"{library}{turn}") as job:
                     say = lambda text, name=library: print(f"{name}: {text}", flush=True)  # noqa: E731
                     try:
-                        times += kill_and_wait(job, kills, chance, say)
+                        times += kill_and_wait(job, kills, chance, say, warm=library == "warm")
                     except NotInTime as error:  # before the first kill
                         raise SystemExit(f"{library}: the job does not train: {error}") from None
     return found
@@ -168,7 +207,8 @@ def report(found: dict[str, list[float | None]], given: argparse.Namespace, note
         "",
         f"{given.nodes} nodes of one worker on one machine, gloo, a small model, a save after every step; seconds from "
         f"SIGKILL of one worker to the next step that all have completed. Failed: none within {LIMIT_S:g} s. To reach: "
-        "all recover, in no longer than stock's successful runs.",
+        "all recover, in no longer than stock's successful runs, and in half of that with warm workers, whose kills "
+        "wait until the standbys are ready.",
         *[f"\n{note}" for note in notes[1:]],
         "",
         "| | recovered | median s | lowest - highest s |",

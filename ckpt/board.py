@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from ckpt.owntime import Watch
+
 log = logging.getLogger("ckpt")
 
 VARIABLE = "CKPT_BOARD"
@@ -32,6 +34,7 @@ WORDS = PLACE_BYTES // 8
 MAGIC = 0x31445241_4F425F48
 ASKED = 1  # word of the head
 PID, STATE, STEP, MOVED_NS, LIMIT_MS, LEAVE_BYTES, LEAVE_MS, RANK, WATCHED, MOVES, LONGEST_NS, STACKS = range(12)
+OWN_NS, SEEN_NS = 12, 13
 HEEDS, PAUSED = 1, 2
 STACKS_SIGNAL = signal.SIGRTMIN + 7
 
@@ -42,7 +45,8 @@ class Worker:
 
     `heeds`: it stops where it is asked to. `paused`: it has, and everything is durable. `watched`: it is in a loop of
     steps, of which it has made `moves`, the longest in `longest_s`; `moved_s`: seconds since the last. `limit_s`: how
-    long what it does now may take, where it said so, else 0. `leaves`: why its node shall leave, and within how many
+    long what it does now may take, where it said so, else 0. `own_s`: how long of `seen_s`, in its loop
+    and outside of phases, it did not wait for other ranks. `leaves`: why its node shall leave, and within how many
     seconds. `stacks`: where they are written on STACKS_SIGNAL.
     """
 
@@ -57,6 +61,8 @@ class Worker:
     moved_s: float
     longest_s: float
     limit_s: float
+    own_s: float
+    seen_s: float
     stacks: str
     leaves: tuple[str, float] | None
 
@@ -101,6 +107,8 @@ class Board:
             moved_s=moved_s,
             longest_s=words[LONGEST_NS] / 1e9,
             limit_s=words[LIMIT_MS] / 1000,
+            own_s=words[OWN_NS] / 1e9,
+            seen_s=words[SEEN_NS] / 1e9,
             stacks=f"/proc/{words[PID]}/fd/{words[STACKS] - 1}" if words[STACKS] else "",
             leaves=leaves,
         )
@@ -172,10 +180,17 @@ class Place:
             self._mine[STACKS] = fd + 1
         self._mine[MOVED_NS] = time.monotonic_ns()
         self._mine[WATCHED] = 1
+        watch = Watch(self._count)
         try:
             yield
         finally:
+            watch.close()
             self._mine[WATCHED] = 0
+
+    def _count(self, ns: int, own: bool) -> None:
+        if not self._mine[LIMIT_MS]:
+            self._mine[OWN_NS] += own * ns
+            self._mine[SEEN_NS] += ns
 
     @contextlib.contextmanager
     def phase(self, limit_s: float) -> Iterator[None]:

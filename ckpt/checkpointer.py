@@ -34,7 +34,7 @@ from ckpt.readers import choose_together, open_on_all, paths, restore_or_fall_ba
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed
 from ckpt.resume import RESUME_FROM, asked_back
-from ckpt.retention import Keep
+from ckpt.retention import Best, Keep, rated
 from ckpt.run import RunDirectory
 from ckpt.saver import Options, Saver
 
@@ -101,6 +101,7 @@ class Checkpointer:
         if not place:
             raise Incompatible("no address: pass one to ckpt.Checkpointer(url), or set CKPT_URL")
         self._every = every or Every(steps=1000)
+        self._best = keep.best if keep else None
         self._interval = self._every.interval()
         self._ranks: Ranks = connect(commit_timeout_s)
         self._holder: Holder | None = None
@@ -378,7 +379,20 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending. Not collective; reads the log."""
-        return [commit.step for commit in RunDirectory.at(self._run.store).log.read().standing()]
+        return [commit.step for commit in self._standing()]
+
+    def best_step(self, best: Best | None = None) -> int | None:
+        """The step with the best value of a metric, as `restore(state, step=...)` takes it; None if none has one.
+
+        `best` says which metric, else that of `keep`; `Incompatible` without either. Not collective; reads the log.
+        """
+        rule = best or self._best
+        if rule is None:
+            raise Incompatible('best by what? Pass best_step(ckpt.Best("val_loss")), or Checkpointer(keep=...) one')
+        return next((commit.step for commit in rated(self._standing(), rule)), None)
+
+    def _standing(self) -> list[Commit]:
+        return RunDirectory.at(self._run.store).log.read().standing()
 
     # What stays
 
@@ -455,7 +469,11 @@ _unfinished = False  # stopped on request, under a launcher that takes exit code
 
 @atexit.register
 def _finish() -> None:
-    """A process that ends without `close` waits for its saves, and exits non-zero if one was not committed."""
+    """A process that ends without `close` waits for its saves, and exits non-zero if one was not committed.
+
+    One that ends by an error of ours exits with its code: whoever started it then knows whether to start it again.
+    """
+    ended_by = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
     for checkpointer in list(_open):
         try:
             checkpointer.close()
@@ -463,6 +481,8 @@ def _finish() -> None:
             log.error("%s", error)
             print(f"ckpt: {error}", file=sys.stderr)
             _exit(error.exit_code)
+    if isinstance(ended_by, CkptError) and ended_by.exit_code != CkptError.exit_code:
+        _exit(ended_by.exit_code)
     if _unfinished and not hasattr(sys, "last_value"):
         _exit(EXIT_STOPPED)
 

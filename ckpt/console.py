@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import reprlib
 import sys
 import time
@@ -25,7 +26,38 @@ from ckpt.run import RunDirectory
 
 Json = dict[str, Any]
 
+
+def _from_environment(context: click.Context, parameter: click.Parameter, found: tuple[str, ...]) -> str:
+    url = found[0] if found else os.environ.get("CKPT_URL")
+    if not url:
+        raise click.MissingParameter(ctx=context, param=parameter)
+    if len(found) > 1:
+        raise click.UsageError(f"there is one argument too many: {found[1]!r:.100}", context)
+    return url
+
+
 url_argument = click.argument("url", envvar="CKPT_URL", metavar="URL")
+# click gives arguments to names from the left: this one may be left out before others, too.
+leading_url_argument = click.argument("url", nargs=-1, callback=_from_environment, metavar="[URL]")
+
+
+class StartsCommand(click.Command):
+    """A command that is called `[URL] -- COMMAND...`: what stands behind `--` is never taken for the URL."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            given, _, _ = self.make_parser(ctx).parse_args(args[:at])
+            if not isinstance(given.get("url"), str):
+                url = os.environ.get("CKPT_URL")
+                if not url:
+                    raise click.UsageError("Missing argument 'URL' before `--`, and CKPT_URL is not set.", ctx)
+                args = [*args[:at], url, *args[at:]]
+            elif isinstance(rest := given.get("command"), tuple) and rest and rest[0].startswith("-"):
+                raise click.UsageError(f"{rest[0]} is an option: it stands before the URL.", ctx)
+        return super().parse_args(ctx, args)
+
+
 step_option = click.option("--step", type=click.IntRange(min=0), metavar="N", help="A step; else the newest.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 

@@ -18,8 +18,8 @@ from ckpt.adapt.tensors import bytes_view
 from ckpt.buffers import each
 from ckpt.check import header_faults
 from ckpt.datafile import DataFile
-from ckpt.errors import CkptError, Corrupt, Incompatible
-from ckpt.holder import Holder, append_commit
+from ckpt.errors import CkptError, Corrupt
+from ckpt.holder import Holder, commit_parts
 from ckpt.manifest import (
     BLOCK_BYTES,
     PART_LIMIT_BYTES,
@@ -31,7 +31,6 @@ from ckpt.manifest import (
     content_digest_of,
     data_name,
     decode_part,
-    encode_manifest,
     encode_part,
     part_name,
 )
@@ -40,6 +39,7 @@ from ckpt.reading import read_segment, verify
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
+from ckpt.writing import check_follows
 
 OnBytes = Callable[[int], None]
 _BUFFER_BYTES: Final = RUN_BYTES + 2 * ALIGN_BYTES
@@ -63,12 +63,8 @@ def copy_steps(
 
 
 def _copy_step(source: RunDirectory, commit: Commit, holder: Holder, on_bytes: OnBytes) -> Commit:
-    target, head = holder.run, holder.view.head
-    if head is not None and commit.step <= head.step:
-        raise Incompatible(
-            f"step {commit.step} cannot be added to {target.url}, whose newest step is {head.step}: steps only grow. "
-            "Copy to another place, or the steps in their order"
-        )
+    target = holder.run
+    check_follows(target, commit.step)
     start = holder.ensure_started("cp")
     reader = StepReader(source, commit)
     refs = []
@@ -79,14 +75,11 @@ def _copy_step(source: RunDirectory, commit: Commit, holder: Holder, on_bytes: O
     manifest = msgspec.structs.replace(
         reader.manifest,
         generation=start.generation,
-        parent=head.attempt if head else None,
         parts=tuple(refs),
         content_digest=content_digest_of(reader.manifest.world, (ref.content_digest for ref in refs)),
         sources=(),
     )
-    data = encode_manifest(manifest)
-    target.store.put(target.attempt_path(commit.attempt, "MANIFEST"), data)
-    return append_commit(target, manifest, data, start.generation, start.nonce)
+    return commit_parts(target, manifest, start.nonce)
 
 
 def _copy_part(reader: StepReader, rank: int, target: RunDirectory, on_bytes: OnBytes) -> Part:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,13 +60,20 @@ def examine(store: Store, racers: int = RACERS) -> Diagnosis:
 
     Raises StorageError where the store cannot be reached at all.
     """
-    folder = f"doctor-{secrets.token_hex(8)}"
+    with scratch_folder(store, "doctor") as folder:
+        return Diagnosis(store.url, tuple(_trials(store, folder, racers)))
+
+
+@contextmanager
+def scratch_folder(store: Store, name: str) -> Iterator[str]:
+    """A new folder in `store` to try things in, removed at the end. StorageError where it cannot be written to."""
+    folder = f"{name}-{secrets.token_hex(8)}"
     try:
         store.put(f"{folder}/reach", b"")
     except CkptError as error:
         raise StorageError(f"{store.url} cannot be written to: {error}") from error
     try:
-        return Diagnosis(store.url, tuple(_trials(store, folder, racers)))
+        yield folder
     finally:
         try:
             store.delete(folder)

@@ -18,21 +18,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound
 from ckpt.events import point
-from ckpt.log import HEAD, View, decide_commit, decide_retire, decide_start
+from ckpt.log import HEAD, View, check_fence, decide_commit, decide_retire, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
     PART_LIMIT_BYTES,
     Manifest,
     decode_manifest,
     decode_part,
+    encode_manifest,
     matches,
     part_name,
 )
 from ckpt.records import Commit, Start, parse_attempt
 from ckpt.retention import Keep, Plan, plan_retention
 from ckpt.run import RunDirectory
+from ckpt.store import OutcomeUnknown
 
 log = logging.getLogger("ckpt")
 
@@ -153,7 +157,7 @@ class Holder:
             if manifest.generation in previous and manifest.parent == head:
                 assert self.start is not None
                 try:
-                    commit = append_commit(self.run, manifest, data, self.start.generation, self.start.nonce)
+                    commit = _append_commit(self.run, manifest, data, self.start.generation, self.start.nonce)
                 except (Incompatible, ValueError) as error:
                     log.warning("attempt %s cannot be adopted: %s", name, error)
                     continue
@@ -198,7 +202,40 @@ def _before(view: View) -> set[int]:
     return found
 
 
-def append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation: int, holder_nonce: str) -> Commit:
+def commit_parts(run: RunDirectory, manifest: Manifest, holder_nonce: str) -> Commit:
+    """Make the step of `manifest`, whose parts are durable, exist on top of the head: its MANIFEST, then its record.
+
+    In the name of the start of that generation; `Fenced` if that is no longer the newest. Where the MANIFEST certainly
+    could not be written, the attempt is removed: a full disk needs the room. Once it stands, a later generation may
+    adopt the attempt, so it is never touched again.
+    """
+    view = run.log.read()
+    if (known := view.commits.get(manifest.attempt)) is not None:
+        return known
+    check_fence(view, manifest.generation, holder_nonce)  # the MANIFEST of a stale writer could be adopted later
+    manifest = msgspec.structs.replace(manifest, parent=view.head.attempt if view.head else None)
+    data = encode_manifest(manifest)
+    point("manifest", step=manifest.step)
+    try:
+        run.store.put(run.attempt_path(manifest.attempt, "MANIFEST"), data)
+    except OutcomeUnknown:
+        raise
+    except CkptError:
+        discard(run, manifest.attempt)
+        raise
+    return _append_commit(run, manifest, data, manifest.generation, holder_nonce)
+
+
+def discard(run: RunDirectory, attempt: str) -> None:
+    """Remove an attempt that has no MANIFEST, as far as the store lets us; `ckpt gc` removes what is left."""
+    try:
+        if not run.store.exists(run.attempt_path(attempt, "MANIFEST")):
+            run.store.delete(run.attempt_path(attempt))
+    except CkptError:
+        return
+
+
+def _append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generation: int, holder_nonce: str) -> Commit:
     """Append the commit of `manifest`, which stands in the store as `data`, in the name of a start.
 
     When this returns the step exists. `Fenced` if that start is no longer the newest.

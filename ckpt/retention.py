@@ -139,6 +139,13 @@ def _kept_by_rule(view: View, lineage: list[Commit], keep: Keep | None) -> dict[
     return kept | {commit.attempt: back for commit in outside if commit.step > head.step}
 
 
+def rated(lineage: Iterable[Commit], best: Best) -> list[Commit]:
+    """The commits that have a finite value of the metric, the best one first; of equal ones the newest."""
+    sign = 1 if best.mode == "min" else -1
+    found = [commit for commit in lineage if isfinite(commit.metrics.get(best.metric, float("nan")))]
+    return sorted(found, key=lambda commit: (sign * commit.metrics[best.metric], -commit.step))
+
+
 def _reasons(lineage: list[Commit], keep: Keep) -> Iterable[tuple[Commit, str]]:
     """Each commit that the rule keeps, with the reason; a later reason counts more."""
     if keep.every is not None:
@@ -147,8 +154,7 @@ def _reasons(lineage: list[Commit], keep: Keep) -> Iterable[tuple[Commit, str]]:
             first.setdefault(commit.step // keep.every, commit)
         yield from ((commit, f"the first of its {keep.every} steps") for commit in first.values())
     if (best := keep.best) is not None:
-        sign = 1 if best.mode == "min" else -1
-        rated = [commit for commit in lineage if isfinite(commit.metrics.get(best.metric, float("nan")))]
-        rated.sort(key=lambda commit: (sign * commit.metrics[best.metric], -commit.step))
-        yield from ((commit, f"among the best {best.keep} by {best.metric}") for commit in rated[: best.keep])
+        yield from (
+            (commit, f"among the best {best.keep} by {best.metric}") for commit in rated(lineage, best)[: best.keep]
+        )
     yield from ((commit, f"among the last {keep.last}") for commit in lineage[-keep.last :])

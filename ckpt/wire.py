@@ -52,6 +52,10 @@ class WireError(CkptError):
     """What came over a connection is not what may come, or not from whom it may come."""
 
 
+class WrongToken(WireError):
+    """Who listens there belongs to another run."""
+
+
 class Codec:
     """Messages to bytes and back, without any I/O. `keys` (to send, to receive) seal every frame."""
 
@@ -389,7 +393,7 @@ async def _prove_as_client(sock: socket.socket, token: bytes) -> tuple[bytes, by
     answer = await _read(sock, NONCE_BYTES + MAC_BYTES)
     server = answer[:NONCE_BYTES]
     if not hmac.compare_digest(answer[NONCE_BYTES:], _proof(token, b"server", client, server)):
-        raise WireError("it does not know the token of this run")
+        raise WrongToken("it does not know the token of this run")
     await loop.sock_sendall(sock, _proof(token, b"client", client, server))
     return _proof(token, b"to server", client, server), _proof(token, b"to client", client, server)
 

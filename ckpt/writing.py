@@ -7,15 +7,14 @@ step exist. Nothing is staged: a writer holds one buffer of RUN_BYTES for each t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Final
 
 import torch
 
 from ckpt.adapt.tensors import bytes_view
 from ckpt.buffers import each
-from ckpt.errors import CkptError, Incompatible
-from ckpt.holder import append_commit
+from ckpt.errors import Incompatible
+from ckpt.holder import commit_parts
 from ckpt.layout import World
 from ckpt.manifest import (
     BLOCK_BYTES,
@@ -26,7 +25,6 @@ from ckpt.manifest import (
     PartRef,
     content_digest_of,
     data_name,
-    encode_manifest,
     encode_part,
     part_name,
 )
@@ -40,15 +38,14 @@ Fill = Callable[[PlannedChunk, int, int, torch.Tensor], None]
 WRITE_THREADS: Final = 3
 
 
-def check_follows(run: RunDirectory, step: int) -> Commit | None:
-    """The head of the run, which `step` may follow; raises Incompatible where the run has passed it."""
+def check_follows(run: RunDirectory, step: int) -> None:
+    """Raises Incompatible where the run has passed `step`."""
     head = run.log.view.head
     if head is not None and step <= head.step:
         raise Incompatible(
             f"step {step} cannot be added to {run.url}, whose newest step is {head.step}: steps only grow. "
             "Nothing was written; choose a larger step, or another place"
         )
-    return head
 
 
 def write_part(
@@ -99,24 +96,16 @@ def commit_step(
     parts: Sequence[PartRef],
 ) -> Commit:
     """Write the MANIFEST over parts that are durable, and append the commit."""
-    head = check_follows(run, step)
+    check_follows(run, step)
     manifest = Manifest(
         step=step,
         generation=start.generation,
         attempt=attempt,
-        parent=head.attempt if head else None,
+        parent=None,
         world=world,
         ownership=ownership,
         parts=tuple(parts),
         content_digest=content_digest_of(world, [ref.content_digest for ref in parts]),
         metrics={},
     )
-    data = encode_manifest(manifest)
-    run.store.put(run.attempt_path(attempt, "MANIFEST"), data)
-    return append_commit(run, manifest, data, start.generation, start.nonce)
-
-
-def discard(run: RunDirectory, attempt: str) -> None:
-    """Remove an attempt that failed. Where that fails too it stays: no commit names it, and `ckpt gc` removes it."""
-    with suppress(CkptError):
-        run.store.delete(run.attempt_path(attempt))
+    return commit_parts(run, manifest, start.nonce)

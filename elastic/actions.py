@@ -43,7 +43,8 @@ class Look:
     """Read the log, the counter and the announcements. `pulse`: advance the counter of the generation we lead.
 
     `over`: say there that its leader leads no more; `done`: and that the job is done. `announce`: let others find us.
-    `waiting`, `avoided`: names of spares, and of those that are quarantined, for `elastic status`.
+    `waiting`, `avoided`: names of spares, and of those that are quarantined; `slow`: which ranks are; for
+    `elastic status`.
     """
 
     pulse: int | None
@@ -52,6 +53,7 @@ class Look:
     done: bool = False
     waiting: tuple[str, ...] = ()
     avoided: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from elastic.actions import (
     Seen,
     Trace,
 )
+from elastic.decide import Pace
 from elastic.leading import EXIT_LEFT, Leading, Peer
 from elastic.membership import Member, Membership
 from elastic.messages import (
@@ -39,6 +40,7 @@ from elastic.messages import (
     Join,
     Leave,
     Lost,
+    Paces,
     Pause,
     Ping,
     Ready,
@@ -95,6 +97,13 @@ class Agent(Leading):
             self._send(None, Stacks(found))
         else:
             self._said_stacks(self.me.node, found)
+
+    def paces(self, found: tuple[Pace, ...]) -> None:
+        """How fast the workers of this node were of late."""
+        if self.upstream is not None:
+            self._send(None, Paces(found))
+        elif self.leads:
+            self._said_paces(self.me.name, found)
 
     def leave(self, reason: str) -> None:
         """Take this node out of the job, as planned: its agent ends once its workers have. Idempotent."""
@@ -171,6 +180,8 @@ class Agent(Leading):
                 self._inspect(said.reason, now)
             case Stacks():
                 self._said_stacks(node, said.found)
+            case Paces() if self.leads and self._is_member(node):
+                self._said_paces(peer.member.name, said.found)
             case Share():
                 self._share(said)
             case _:
@@ -283,9 +294,9 @@ class Agent(Leading):
             self._do(Close(follower))
         self.followers.clear()
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, code: int = EXIT_REFUSED) -> None:
         """Another job has the run, or the run is another one."""
-        self._end(EXIT_REFUSED, reason)
+        self._end(code, reason)
 
     def look_failed(self, now: float) -> None:
         """Storage is away: what runs goes on, and nothing changes."""
@@ -302,6 +313,8 @@ class Agent(Leading):
         self.upstream, self._candidate = None, False
         self._change = self._pause = self._inspection = None
         self._forsaken = False
+        for paces in (self._paces, self._suspects, self._slow):
+            paces.clear()
         self._began_at, self._short_since, self._grow = now, None, None
         self.shared.clear()
         for peer in self.followers.values():
@@ -373,7 +386,8 @@ class Agent(Leading):
         waiting = tuple(p.member.name for node, p in self.followers.items() if p.ready and not self._is_member(node))
         known = {self.me.node: self.me, **{node: peer.member for node, peer in self.followers.items()}}
         avoided = tuple(known[node].name for node in self._avoid(now) if node in known)
-        self._do(Look(pulse, announce=not self.leads, waiting=waiting, avoided=avoided))
+        slow = tuple(self._slow.values())
+        self._do(Look(pulse, announce=not self.leads, waiting=waiting, avoided=avoided, slow=slow))
 
     def _reaches_half(self) -> bool:
         assert self.membership is not None

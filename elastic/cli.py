@@ -8,14 +8,20 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import click
 
-from ckpt.console import Json, age, columns, json_option, output, plain, run_command, say, url_argument
+from ckpt.console import Json, StartsCommand, age, columns, json_option, output, plain, run_command, say, url_argument
+from ckpt.run import RunDirectory
 
 MAX_RESTARTS = 1_000_000
 HISTORY = 10
+
+run_id_option = click.option(
+    "--run-id", default=None, metavar="ID", help="The job's, where URL is tcp://host:port (and no CKPT_SIGNING_KEY)."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,39 +30,54 @@ def cli() -> None:
     """Train on nodes that come and go.
 
     URL is the place of the run, as given to ckpt.Checkpointer: a shared directory or a bucket that all nodes reach.
+    Where there is none: tcp://host:port, kept by the agent on that host, which must live as long as the job.
 
     \b
     Examples:
-      elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4     on every node
+      elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4  on every node
       elastic status /shared/run
       elastic drain node7 /shared/run
 
     \b
     Exit codes of run: that of the first worker that failed, and
-      0 done   11 another job has the run   75 too few nodes for too long
+      0 done   11 another job has the run
+      75 too few nodes for too long, or tcp:// has forgotten the job
       76 workers failed again and again without a new step
-      130/143 signals; 143 also where this node left as planned and the job goes on
+      130/143 signals; 143 also where this node left as planned
     """
 
 
-@cli.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@cli.command(
+    "run", cls=StartsCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 @click.option("--nodes", default="1", show_default=True, metavar="MIN:MAX", help="How many nodes may work together.")
 @click.option("--workers", default="auto", show_default=True, metavar="N",
               help="Workers on this node; auto: one for each CUDA device, or one.")  # fmt: skip
+@click.option("--preload", default="", metavar="MODULES",
+              help="Modules, as torch,numpy, that standbys import ahead, so that a restart need not.")  # fmt: skip
+@click.option("--log-dir", default="", metavar="DIR",
+              help="Also keep what workers print, in a folder for each generation.")  # fmt: skip
 @click.option("--run-id", default="none", metavar="ID", help="Agents of one job have the same; others are refused.")
 @url_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- SCRIPT...")
-def run(nodes: str, workers: str, run_id: str, url: str, command: Sequence[str]) -> None:
+def run(nodes: str, workers: str, preload: str, log_dir: str, run_id: str, url: str, command: Sequence[str]) -> None:
     """Start this node's agent for the run at URL: torchrun with elastic rendezvous and restarts without end.
 
     SCRIPT is what torchrun takes there, its other options included: `-- -m package.module`, `-- --no-python ./main`.
+
+    \b
+    Examples:
+      elastic run --nodes 2:8 /shared/run -- train.py --lr 3e-4
+      elastic run --nodes 4 --workers 8 s3://bucket/run -- -m package.train
     """
-    arguments = torchrun_arguments(url, nodes, workers, run_id, list(command))
+    arguments = torchrun_arguments(url, nodes, workers, run_id, list(command), log_dir)
     sys.argv = ["torchrun", *arguments]  # agents compare what they run
-    sys.exit(_launch(arguments))
+    sys.exit(_launch(arguments, [name.strip() for name in preload.split(",") if name.strip()]))
 
 
-def torchrun_arguments(url: str, nodes: str, workers: str, run_id: str, command: list[str]) -> list[str]:
+def torchrun_arguments(
+    url: str, nodes: str, workers: str, run_id: str, command: list[str], log_dir: str = ""
+) -> list[str]:
     """The command line of torchrun for this agent."""
     if command[0] == "--":
         command = command[1:]
@@ -64,21 +85,25 @@ def torchrun_arguments(url: str, nodes: str, workers: str, run_id: str, command:
         import torch
 
         workers = str(torch.cuda.device_count() or 1)
+    logs = ["--logs-specs", "elastic", "--log-dir", log_dir, "--tee", "3"] if log_dir else []
     return [
         "--rdzv-backend", "elastic", "--rdzv-endpoint", url, "--rdzv-id", run_id, "--max-restarts", str(MAX_RESTARTS),
-        "--nnodes", nodes, "--nproc-per-node", workers, *command,
+        "--nnodes", nodes, "--nproc-per-node", workers, *logs, *command,
     ]  # fmt: skip
 
 
-def _launch(arguments: list[str]) -> int:
+def _launch(arguments: list[str], preload: list[str]) -> int:
     """Be the agent; the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from elastic.warm import warm_workers
+
     torchrun: Any = run
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        with warm_workers(preload) if preload else nullcontext():
+            torchrun.run(torchrun.parse_args(arguments))
     except SignalException as error:
         click.echo(f"elastic: ended by {signal.Signals(error.sigval).name}", err=True)
         return 128 + int(error.sigval)
@@ -90,21 +115,35 @@ def _launch(arguments: list[str]) -> int:
 
 
 @cli.command("status")
+@run_id_option
 @url_argument
 @json_option
-def show_status(url: str, as_json: bool) -> None:
-    """Show who works on the run at URL, who waits, and why generations ended. Takes a few seconds; changes nothing.
+def show_status(url: str, run_id: str | None, as_json: bool) -> None:
+    """Show who works on the run at URL, who waits, and why generations ended.
+
+    Takes a few seconds, in which it watches the leader's counter; changes nothing.
+
+    \b
+    Examples:
+      elastic status /shared/run
+      elastic status /shared/run --json | jq -r '.members[].name'
 
     \b
     --json prints
-      {"url": str, "generation": int, "state": "led" | "no leader" | "over" | "done" | "not elastic",
-       "reason": str, "unix_s": float, "spares": [name], "quarantined": [name], "cordoned": [name], "steps": [int],
-       "members": [{"rank": int, "name": str, "node": str, "addresses": [str], "leads": bool}],
-       "generations": [{"generation": int, "unix_s": float, "nodes": int, "reason": str, "commits": int}]}
+      {"url": str, "generation": int,
+       "state": "led" | "no leader" | "over" | "done" | "not elastic",
+       "reason": str, "unix_s": float,
+       "spares": [str], "quarantined": [str], "cordoned": [str],  # names
+       "slow": [str],  # what is said of ranks that the others wait for
+       "steps": [int],  # the newest
+       "members": [{"rank": int, "name": str, "node": str,
+                    "addresses": [str], "leads": bool}],
+       "generations": [{"generation": int, "unix_s": float, "nodes": int,
+                        "reason": str, "commits": int}]}
     """
     from elastic.status import status
 
-    output(status(url), as_json, _print)
+    output(status(url, run_id), as_json, _print)
 
 
 def _print(found: Json) -> None:
@@ -115,7 +154,7 @@ def _print(found: Json) -> None:
             leads = "leads" if member["leads"] else ""
             members.add_row(str(member["rank"]), plain(member["name"]), plain(member["addresses"][0]), leads)
         say(members)
-    for what in ("spares", "quarantined", "cordoned"):
+    for what in ("spares", "quarantined", "cordoned", "slow"):
         if found[what]:
             say(f"{what}: {plain(', '.join(found[what]))}")
     say(f"newest steps: {', '.join(map(str, found['steps'])) or 'none'}")
@@ -127,34 +166,51 @@ def _print(found: Json) -> None:
 
 
 @cli.command("drain")
+@run_id_option
 @click.argument("node")
 @url_argument
-def drain(node: str, url: str) -> None:
+@json_option
+def drain(node: str, url: str, run_id: str | None, as_json: bool) -> None:
     """Take NODE out of the run at URL now: all ranks stop at one step, saved, and the others go on from it.
 
     NODE is a host's name, or a node's as `elastic status --json` shows it. Its agent ends with exit code 143, and none
     of this name joins until `elastic cordon --undo`.
+
+    \b
+    Example:
+      elastic drain node7 /shared/run
+
+    \b
+    --json prints
+      {"url": str, "node": str, "cordoned": bool, "drained": bool}
     """
-    _put(node, url, drain=True)
-    click.echo(f"{node} leaves; nothing is lost", err=True)
+    run = _put(node, url, run_id, drain=True)
+    output(_cordon_json(run, node, drained=True), as_json, lambda found: say(f"{plain(node)} leaves; nothing is lost"))
 
 
 @cli.command("cordon")
 @click.option("--undo", is_flag=True, help="Let agents of this name join again.")
+@run_id_option
 @click.argument("node")
 @url_argument
-def cordon(node: str, url: str, undo: bool) -> None:
+@json_option
+def cordon(node: str, url: str, undo: bool, run_id: str | None, as_json: bool) -> None:
     """Let NODE work to the end of its generation, and in none after it.
 
     NODE as in `elastic drain`.
-    """
-    if undo:
-        from ckpt.run import RunDirectory
-        from elastic.roster import remove_cordon
 
-        remove_cordon(RunDirectory.open(url), node)
-    else:
-        _put(node, url, drain=False)
+    \b
+    Examples:
+      elastic cordon node7 /shared/run
+      elastic cordon --undo node7 /shared/run
+
+    \b
+    --json prints
+      {"url": str, "node": str, "cordoned": bool, "drained": bool}
+    """
+    run = _lift(node, url, run_id) if undo else _put(node, url, run_id, drain=False)
+    what = "may join again" if undo else "joins no generation after this one"
+    output(_cordon_json(run, node, cordoned=not undo), as_json, lambda found: say(f"{plain(node)} {what}"))
 
 
 @cli.command("chaos", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
@@ -188,6 +244,26 @@ def chaos(
       elastic chaos random --seed 7 --minutes 5 -- train.py
       elastic chaos replay trace.json --minutes 5 -- train.py
 
+    \b
+    --json prints of a run, or of --list
+      {"passed": bool, "folder": str,
+       "figures": {"seconds": float, "goodput": float,
+                   "split_s": {"productive": float, "recompute": float,
+                               "saving": float, "detection": float,
+                               "rendezvous": float, "restore": float,
+                               "ending": float},
+                   "faults": int, "generations": int, "steps": int,
+                   "steps_computed_again": int,
+                   "median_recovery_s": float | null,
+                   "worst_recovery_s": float | null},
+       "oracles": [{"oracle": str, "evidence": str,
+                    "verdict": "green" | "red" | "not judged"}]}
+      | {"faults": [{"kind": str, "stands_for": str,
+                     "share_percent": float | null, "promise": str,
+                     "needs": [str], "lacks": [str]}],
+         "scenarios": [{"name": str, "title": str, "nodes": int,
+                        "lacks": [str]}]}
+
     Exit code 0 only if no oracle is red.
     """
     from elastic.chaos import command as chaos_command
@@ -205,11 +281,26 @@ def chaos(
     )  # fmt: skip
 
 
-def _put(node: str, url: str, *, drain: bool) -> None:
-    from ckpt.run import RunDirectory
+def _put(node: str, url: str, run_id: str | None, *, drain: bool) -> RunDirectory:
+    from elastic.registry import open_run
     from elastic.roster import Cordon, put_cordon
 
-    put_cordon(RunDirectory.open(url), Cordon(node, drain))
+    run = open_run(url, run_id)
+    put_cordon(run, Cordon(node, drain))
+    return run
+
+
+def _lift(node: str, url: str, run_id: str | None) -> RunDirectory:
+    from elastic.registry import open_run
+    from elastic.roster import remove_cordon
+
+    run = open_run(url, run_id)
+    remove_cordon(run, node)
+    return run
+
+
+def _cordon_json(run: RunDirectory, node: str, *, cordoned: bool = True, drained: bool = False) -> Json:
+    return {"url": run.url, "node": node, "cordoned": cordoned, "drained": drained}
 
 
 def main() -> NoReturn:

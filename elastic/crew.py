@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckpt.board import Board, Worker
-from elastic.decide import hang_limit_s
+from elastic.decide import Pace, hang_limit_s
 from elastic.messages import Stack
 from elastic.stacks import collect, locate
 
 log = logging.getLogger("elastic")
+
+PACE_S, PACE_STEPS = 5.0, 3  # what a pace is taken over, at least
 
 
 @dataclass(frozen=True)
 class Look:
     """`heeds`, `paused`: of all workers that run. `leaves`: why this node shall leave, and within how many seconds.
 
-    `hangs`: what one of them does not do any more, said once.
+    `hangs`: what one of them does not do any more, said once. `paces`: how fast they were since these were said last.
     """
 
     heeds: bool = False
     paused: bool = False
     leaves: tuple[str, float] | None = None
     hangs: str = ""
+    paces: tuple[Pace, ...] = ()
 
 
 class Crew:
@@ -37,6 +41,7 @@ class Crew:
         self._stated_s = stated_hang_limit_s
         self._board: Board | None = None
         self._hung = False
+        self._before: dict[int, Worker] = {}  # when their paces were said last, by rank
         self._lock = threading.Lock()
 
     def begin(self) -> str:
@@ -45,6 +50,7 @@ class Crew:
             if self._board is not None:
                 self._board.close()
             self._board, self._hung = Board(), False
+            self._before.clear()
             return self._board.path
 
     def ask(self) -> None:
@@ -69,7 +75,16 @@ class Crew:
             paused=0 < running <= sum(worker.paused for worker in seen),
             leaves=next((worker.leaves for worker in seen if worker.leaves is not None), None),
             hangs=self._hang(seen),
+            paces=tuple(self._paces(seen)),
         )
+
+    def _paces(self, seen: list[Worker]) -> Iterator[Pace]:
+        for worker in seen:
+            before = self._before.setdefault(worker.rank, worker)
+            steps, seen_s = worker.moves - before.moves, worker.seen_s - before.seen_s
+            if steps >= PACE_STEPS and seen_s >= PACE_S:
+                self._before[worker.rank] = worker
+                yield Pace(worker.rank, (worker.own_s - before.own_s) / steps, seen_s / steps)
 
     def _hang(self, seen: list[Worker]) -> str:
         for worker in seen:

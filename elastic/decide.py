@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from elastic.membership import Member, Membership
 
+BACKOFF_LIMIT_S = 30.0
+SLOW_FACTOR, SLOW_SHARE = 1.5, 0.1
 LEAST_HANG_S, HANG_FACTOR, MOVES_TO_LEARN = 300.0, 10, 10
 
 
@@ -148,6 +151,11 @@ class Blame:
         return frozenset(found) if len(found) == 1 else frozenset()
 
 
+def backoff_s(failures: int) -> float:
+    """How long to wait before the workers start again, after so many failures in a row without a commit."""
+    return min(BACKOFF_LIMIT_S, 2.0 ** (failures - 3)) if failures >= 3 else 0.0
+
+
 def hang_limit_s(stated_s: float, said_s: float, moves: int, longest_s: float) -> float | None:
     """How long a worker in its loop of steps may make none; None: that is not known yet.
 
@@ -157,3 +165,27 @@ def hang_limit_s(stated_s: float, said_s: float, moves: int, longest_s: float) -
     if said_s or stated_s:
         return said_s or stated_s
     return max(LEAST_HANG_S, HANG_FACTOR * longest_s) if moves >= MOVES_TO_LEARN else None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a rank took for a step of late, and how much of that it did not wait for others."""
+
+    rank: int
+    own_s: float
+    step_s: float
+
+
+def stragglers(paces: Collection[Pace]) -> dict[int, float]:
+    """Ranks whose own time is 1.5 times the median of all ranks' or more, and by how much.
+
+    Only where that is a tenth of a step at least. All ranks' steps are equally long: the others wait for the slow one.
+    """
+    if len(paces) < 2:
+        return {}
+    usual_s = median_low(pace.own_s for pace in paces)
+    return {
+        pace.rank: pace.own_s / max(usual_s, 1e-3)
+        for pace in sorted(paces, key=lambda pace: pace.rank)
+        if pace.own_s >= SLOW_FACTOR * usual_s and pace.own_s - usual_s >= SLOW_SHARE * pace.step_s
+    }

@@ -40,6 +40,7 @@ from elastic.hooks import Event, Excluded, Hooks, changes, load
 from elastic.membership import Member, Membership
 from elastic.messages import Job
 from elastic.options import Options, from_environment
+from elastic.registry import serves
 from elastic.roster import Roster
 from elastic.service import Service
 from elastic.workers import Workers
@@ -85,7 +86,7 @@ class Handler(RendezvousHandler):
         node = f"{_as_name(name)}-{secrets.token_hex(4)}"
         addresses = network.addresses(options.address or parameters.local_addr or "")
         me = Member(node, name, addresses, 0)
-        roster = Roster.open(parameters.endpoint, me, run_id)
+        self._roster = roster = Roster.open(parameters.endpoint, me, run_id)
         self._url, self._run_nonce = roster.run.url, roster.run.nonce
         self._workers = Workers(node)
         limits = options.limits
@@ -136,7 +137,8 @@ class Handler(RendezvousHandler):
         os.environ["ELASTIC_REASON"] = membership.reason
         os.environ["CKPT_BOARD"] = self._service.crew.begin()
         os.environ["CKPT_START"] = f"{self._run_nonce}/{membership.generation}/{membership.nonce}"
-        os.environ.setdefault("CKPT_URL", self._url)
+        if not serves(self._url):  # else there are no checkpoints
+            os.environ.setdefault("CKPT_URL", self._url)
 
     def _tell_hooks(self, membership: Membership, rank: int) -> None:
         self._names.update({member.node: member.name for member in membership.members})
@@ -167,6 +169,7 @@ class Handler(RendezvousHandler):
             self._left = True
             self._hooks.tell("on_leave", reason)
             self._service.stop()
+            self._roster.close()
             self._hooks.finish(HOOKS_LIMIT_S)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastic.actions import Action, Close, Exit, Forsake, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
-from elastic.decide import Blame, Limits, Timing, arrange, may_take, would_grow
+from elastic.decide import Blame, Limits, Pace, Timing, arrange, backoff_s, may_take, stragglers, would_grow
 from elastic.membership import Member, Membership
 from elastic.messages import Down, End, Inspect, Job, Leave, Lost, Pause, Stack, Stop, Up
 
 EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
 CORDONED = "it is cordoned (`elastic cordon --undo`)"
+SLOW_IN_A_ROW = 2
 EXIT_LEFT = 143  # this node left as planned, and the job is not done
 EXIT_FRUITLESS = 76  # workers failed again and again, and nothing was committed in between
 
@@ -89,8 +90,12 @@ class Leading:
         self._short_since: float | None = None
         self._grow: tuple[str | None, float] | None = None  # head when it was wanted first, and when
         self._held = ""
+        self._paces: dict[int, Pace] = {}  # of each rank the newest
+        self._suspects: dict[int, int] = {}  # how often in a row a rank was slow
+        self._slow: dict[int, str] = {}  # what is said of ranks that are
         self._fruitless = 0  # failures in a row without a commit in between
         self._failed_at_head: tuple[str | None] | None = None
+        self._resume_at = 0.0  # no generation begins before
         self._failed_at: set[int] = set()  # steps at which the workers of this row of failures were
 
     # What others may ask
@@ -175,6 +180,7 @@ class Leading:
         self._fruitless = self._fruitless + 1 if again else 1
         self._failed_at = self._failed_at | {step} if again else {step}
         self._failed_at_head = (self.seen.head,)
+        self._resume_at = now + backoff_s(self._fruitless)
         if self._fruitless != self.timing.fruitless_limit:
             return False
         (same, *others) = self._failed_at
@@ -209,6 +215,25 @@ class Leading:
         if self._inspection is not None:
             self._inspection.awaited.discard(node)
             self._inspection.found += found
+
+    # A straggler
+
+    def _said_paces(self, name: str, found: tuple[Pace, ...]) -> None:
+        """Name the ranks that others wait for, once they were slow several times in a row."""
+        self._paces |= {pace.rank: pace for pace in found}
+        slow = stragglers(self._paces.values())
+        for pace in found:
+            rank, times = pace.rank, self._suspects.get(pace.rank, 0) + 1
+            if rank not in slow:
+                self._suspects.pop(rank, None)
+                self._slow.pop(rank, None)
+                continue
+            self._suspects[rank] = times
+            text = f"rank {rank} on {name} is {slow[rank]:.1f} x the median of its own time"
+            if times == SLOW_IN_A_ROW:
+                self._do(Note(f"{text}: {pace.own_s:.3g} s of a step of {pace.step_s:.3g} s; the others wait for it"))
+            if times >= SLOW_IN_A_ROW:
+                self._slow[rank] = text
 
     def _why_pause(self, now: float) -> str:
         """Why the generation shall end as planned, if it shall."""
@@ -298,6 +323,9 @@ class Leading:
         )
         if not verdict.may:
             self._hold(verdict.reason)
+            return
+        if now < self._resume_at:
+            self._hold(f"{self._fruitless} failures without a new step: waiting for {self._resume_at - now:.0f} s")
             return
         if self._should_wait(ready, now):
             return

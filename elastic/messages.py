@@ -2,7 +2,7 @@
 
     dialling -> dialled   Hello; then, if it stays, Join
     dialled -> dialling   Welcome, Refused
-    follower -> leader    Stopped, Ready, Finished, Leave, Hung, Stacks, Share, Ping
+    follower -> leader    Stopped, Ready, Finished, Leave, Hung, Stacks, Paces, Share, Ping
     leader -> follower    Pause, Inspect, Lost, Stop, Go, Leave, Share, End, Ping
 
 A leader is followed; so is a candidate, which gathers nodes while there is no leader.
@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from elastic.decide import Pace
 from elastic.membership import Member, Membership
 
 
@@ -110,6 +111,12 @@ class Stacks(_Message, frozen=True):
     found: tuple[Stack, ...]
 
 
+class Paces(_Message, frozen=True):
+    """How fast my workers were in the last seconds."""
+
+    found: tuple[Pace, ...]
+
+
 class Inspect(_Message, frozen=True):
     """Have your workers say where they are: the job hangs."""
 
@@ -141,5 +148,5 @@ class End(_Message, frozen=True):
     reason: str
 
 
-Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Leave | Hung | Stacks | Share | Ping
+Up: TypeAlias = Hello | Join | Stopped | Ready | Finished | Leave | Hung | Stacks | Paces | Share | Ping
 Down: TypeAlias = Welcome | Refused | Pause | Inspect | Lost | Stop | Go | Leave | Share | End | Ping

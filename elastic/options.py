@@ -21,6 +21,8 @@ class Options:
     store_port: int = 0
     settle_s: float = 15.0
     notice_file: str = ""
+    notice_url: str = ""
+    notice_header: str = ""
     hooks: str = ""
     hook_limit_s: float = 60.0
 
@@ -38,6 +40,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_HANG_LIMIT_S          a worker in its loop that makes no step for so long hangs (10 times the longest step
                                   that was seen, at least 300)
     ELASTIC_NOTICE_FILE           once there is a file of this name, this node leaves as planned
+    ELASTIC_NOTICE_URL            once it answers with a text that is not FALSE, this node leaves as planned
+    ELASTIC_NOTICE_HEADER         what it is asked with, <name>: <value>
     ELASTIC_SETTLE_S              how long the keeper may take to store what the workers left, before a restart (15)
     ELASTIC_QUARANTINE_FAILURES   a node that is the first to fail so often is not used if others suffice (2; 0: never)
     ELASTIC_QUARANTINE_WINDOW_S   failures longer ago than this are forgotten (600)
@@ -46,10 +50,12 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_UNIT                  the number of nodes is a multiple of this (1)
     ELASTIC_ADDRESS, ELASTIC_PORT, ELASTIC_STORE_PORT
                                   where agents reach this one, and workers the store of a generation (found; free ones)
+    ELASTIC_KEEP_LOGS             with a log directory: of how many generations outputs are kept (10)
     ELASTIC_HOOKS                 module:object with hooks, several with commas
     ELASTIC_HOOK_LIMIT_S          a hook that takes longer is left to itself (60)
     """
     take = _Taker(environment)
+    kept_logs(environment)  # refused now, not at the first start of workers
     try:
         return Options(
             limits=Limits(minimum, maximum, take.count("UNIT", 1)),
@@ -71,6 +77,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
             store_port=take.count("STORE_PORT", 0),
             settle_s=take.seconds("SETTLE_S", Options.settle_s),
             notice_file=take.text("NOTICE_FILE"),
+            notice_url=take.text("NOTICE_URL"),
+            notice_header=take.text("NOTICE_HEADER"),
             hooks=take.text("HOOKS"),
             hook_limit_s=take.seconds("HOOK_LIMIT_S", Options.hook_limit_s),
         )
@@ -78,6 +86,14 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
         raise Incompatible(
             f"elastic cannot start: {error}. Correct --nnodes or the variable, and start again"
         ) from error
+
+
+def kept_logs(environment: Mapping[str, str] = os.environ) -> int:
+    """Of how many generations what the workers wrote is kept: ELASTIC_KEEP_LOGS (10), 1 at least."""
+    try:
+        return max(1, _Taker(environment).count("KEEP_LOGS", 10))
+    except ValueError as error:
+        raise Incompatible(f"elastic cannot keep logs: {error}. Correct the variable, and start again") from error
 
 
 class _Taker:

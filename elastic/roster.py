@@ -29,6 +29,7 @@ from ckpt.signing import signing_key
 from ckpt.store import AlreadyExists
 from elastic.actions import Look, Propose, Seen
 from elastic.membership import Member, Membership, of_start, to_record
+from elastic.registry import Registry, join_run, serves
 
 TOKEN = "elastic/token"
 PULSE = "elastic/pulse.json"
@@ -47,6 +48,7 @@ class Pulse(msgspec.Struct, frozen=True):
     done: bool = False
     waiting: tuple[str, ...] = ()
     avoided: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
 
 class Announcement(msgspec.Struct, frozen=True):
@@ -64,8 +66,8 @@ class Cordon(msgspec.Struct, frozen=True):
 class Roster:
     """The directory of one run, for one agent."""
 
-    def __init__(self, run: RunDirectory, me: Member, run_id: str | None) -> None:
-        self.run, self.me, self._run_id = run, me, run_id
+    def __init__(self, run: RunDirectory, me: Member, run_id: str | None, registry: Registry | None = None) -> None:
+        self.run, self.me, self._run_id, self._registry = run, me, run_id, registry
         self._count = 0
         self._announced_at: float | None = None
         self._known: dict[str, tuple[Announcement, float]] = {}
@@ -73,6 +75,9 @@ class Roster:
     @classmethod
     def open(cls, url: str, me: Member, run_id: str | None) -> Roster:
         """The run at `url`, made if there is none. Raises Incompatible if its store cannot keep two leaders apart."""
+        if serves(url):
+            run, registry = join_run(url, run_id)
+            return cls(run, me, run_id, registry)
         run = RunDirectory.open(url, create=True)
         if not run.store.capabilities.fences:
             raise Incompatible(
@@ -80,6 +85,11 @@ class Roster:
                 "apart. Give torchrun --rdzv-endpoint a shared directory or a bucket that can (`ckpt doctor` shows it)"
             )
         return cls(run, me, run_id)
+
+    def close(self) -> None:
+        """Where this agent serves the records, they are gone with it."""
+        if self._registry is not None:
+            self._registry.close()
 
     def token(self) -> bytes:
         """What agents of this run prove to know: that they have the signing key, else that they can read a file.
@@ -112,7 +122,8 @@ class Roster:
         """Do what `ask` says, then tell what is there."""
         if ask.pulse is not None:
             self._count += 1
-            pulse = Pulse(self.me.node, ask.pulse, self._count, ask.over, ask.done, ask.waiting, ask.avoided)
+            said = (ask.over, ask.done, ask.waiting, ask.avoided, ask.slow)
+            pulse = Pulse(self.me.node, ask.pulse, self._count, *said)
             self.run.store.put(PULSE, msgspec.json.encode(pulse))
         self._announce(ask.announce)
         view = self.run.log.read()

@@ -45,6 +45,7 @@ from elastic.leading import EXIT_LEFT
 from elastic.links import Link, ask, read_all
 from elastic.membership import Member, Membership
 from elastic.messages import Hello, Join, Refused, Up
+from elastic.notices import Notices
 from elastic.options import Options
 from elastic.roster import Roster
 from elastic.settling import settle
@@ -74,6 +75,7 @@ class Service:
         self._broken = False  # the workers that run, or are about to, must not
         self._killing = False  # they are being killed: what the main thread sees of that is no failure of theirs
         self._exit: Exit | None = None
+        self._notices = Notices(options.notice_file, options.notice_url, options.notice_header)
         self.crew = Crew(options.timing.hang_limit_s)
         self._values: dict[str, bytes] = {}
         self._generation = 0
@@ -199,6 +201,7 @@ class Service:
 
     async def _until_stopped(self) -> None:
         await self._stopping.wait()
+        self._notices.close()
         if self._ticking is not None:  # what is said last of the leader's counter stands
             self._ticking.cancel()
         leads = self._agent.leads and self._agent.membership is not None
@@ -236,7 +239,8 @@ class Service:
             elif self._agent.mine is not None:
                 self._watch_workers()
                 self._look_at_crew()
-            self._look_for_notice()
+            if reason := self._notices.reason():
+                self._agent.leave(reason)
             await asyncio.sleep(TICK_S)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
@@ -294,6 +298,8 @@ class Service:
             self._agent.paused()
         if seen.hangs:
             self._agent.hung(seen.hangs, time.monotonic())
+        if seen.paces:
+            self._agent.paces(seen.paces)
         if seen.leaves is not None and not self._agent.leaving:
             reason, deadline_s = seen.leaves
             self._agent.leave(reason)
@@ -303,10 +309,6 @@ class Service:
     async def _trace(self) -> None:
         self._agent.stacks(await self._loop.run_in_executor(self._settling, self.crew.trace))
         self._carry_out()
-
-    def _look_for_notice(self) -> None:
-        if self._options.notice_file and not self._agent.leaving and os.path.exists(self._options.notice_file):
-            self._agent.leave(f"{self._options.notice_file} is there")
 
     def _worker_ended(self, how: Ended) -> None:
         if how.code == 128 + signal.SIGTERM:
@@ -401,7 +403,7 @@ class Service:
         try:
             seen = await self._in_storage(lambda: self._roster.look(action))
         except Fenced as error:
-            self._agent.refuse(str(error))
+            self._agent.refuse(str(error), error.exit_code)
         except (CkptError, OSError) as error:
             log.warning("%s cannot be read: %s", self._roster.run.url, error)
             self._agent.look_failed(time.monotonic())
@@ -426,7 +428,7 @@ class Service:
         try:
             membership = await self._in_storage(propose)
         except Fenced as error:
-            self._agent.refuse(str(error))
+            self._agent.refuse(str(error), error.exit_code)
         except (CkptError, OSError, RuntimeError) as error:
             log.warning("no generation could be begun: %s", error)
         self._store, self._offered = self._offered if membership is not None else None, None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ckpt.board import STACKS_SIGNAL, Worker
+from ckpt.owntime import is_waiting
 from elastic.messages import Stack
 
 WRITE_LIMIT_S = 3.0
@@ -16,11 +17,6 @@ SETTLED_S = 0.3  # no byte more for so long: it is written
 TEXT_LIMIT_BYTES = 256 * 1024
 FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 LIBRARIES = "/lib/python3"
-WAITING = (  # (end of the file's name, function or ""): frames of a thread that waits for other ranks
-    ("torch/distributed/distributed_c10d.py", ""),
-    ("torch/autograd/graph.py", "_engine_run_backward"),  # where gradients are reduced
-    ("ckpt/ranks.py", ""),
-)
 
 
 def collect(workers: Sequence[Worker]) -> list[tuple[Worker, str]]:
@@ -45,7 +41,7 @@ def collect(workers: Sequence[Worker]) -> list[tuple[Worker, str]]:
 def locate(rank: int, text: str) -> Stack:
     """Where the main thread is, which stands last, by what `faulthandler` wrote."""
     frames = FRAME.findall(re.split(r"^(?:Current t|T)hread ", text, flags=re.MULTILINE)[-1])
-    waits = any(file.endswith(end) and only in ("", function) for file, _, function in frames for end, only in WAITING)
+    waits = any(is_waiting(file, function) for file, _, function in frames)
     own = [frame for frame in frames if LIBRARIES not in frame[0]]  # of the script: that tells more
     file, line, function = next(iter(own or frames), ("?", "?", "?"))
     return Stack(rank, f"{function} ({os.path.basename(file)}:{line})"[:200], waits)

@@ -6,19 +6,19 @@ import time
 from typing import Any
 
 from ckpt.log import View
-from ckpt.run import RunDirectory
 from elastic.membership import Membership, of_start
+from elastic.registry import open_run
 from elastic.roster import Pulse, read_cordons, read_pulse
 
 WATCH_S = 2.5  # the counter moves every second
 
 
-def status(url: str, *, watch_s: float = WATCH_S) -> dict[str, Any]:
-    """Generation, members, spares, quarantined nodes, whether the leader's counter moves, last steps, and the history.
+def status(url: str, run_id: str | None = None, *, watch_s: float = WATCH_S) -> dict[str, Any]:
+    """Generation, members, spares, quarantined nodes, slow ranks, whether there is a leader, last steps, and history.
 
     Takes `watch_s`, to see the counter move. Raises NotFound if there is no run at `url`.
     """
-    run = RunDirectory.open(url)
+    run = open_run(url, run_id)
     view, before = run.log.read(), read_pulse(run)
     membership = of_start(view.holder)
     if membership is not None and not (before is not None and before.over):
@@ -60,6 +60,7 @@ def describe(
         else [],
         "spares": list(own.waiting) if own else [],
         "quarantined": list(own.avoided) if own else [],
+        "slow": list(own.slow) if own else [],
         "cordoned": cordoned,
         "steps": [commit.step for commit in view.lineage()][-5:],
         "generations": [

@@ -16,6 +16,9 @@ from elastic import guard
 
 log = logging.getLogger("elastic")
 
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+error_files: dict[int, str] = {}  # of workers that had another environment when their process began (`elastic.warm`)
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -87,10 +90,12 @@ def look_at(pid: int) -> Ended | None:
 
 def error_file_of(pid: int) -> str:
     """Where the worker `pid` writes what it failed of, if its script is decorated for that; empty: not known (yet)."""
+    if pid in error_files:
+        return error_files[pid]
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             name, _, value = entry.partition(b"=")
-            if name == b"TORCHELASTIC_ERROR_FILE":
+            if name == ERROR_FILE.encode():
                 return os.fsdecode(value)
     return ""
 

@@ -59,7 +59,7 @@ class Agent:
         }
         command = [
             *before, sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "elastic",
-            "--rdzv-endpoint", str(cluster.run), "--max-restarts", "1000000", "--nnodes", nnodes,
+            "--rdzv-endpoint", cluster.endpoint or str(cluster.run), "--max-restarts", "1000000", "--nnodes", nnodes,
             *(["--rdzv-id", run_id] if run_id else []), "--nproc-per-node", "1",
             str(cluster.worker), str(cluster.run), str(cluster.events), *loop,
         ]  # fmt: skip
@@ -90,8 +90,10 @@ class Agent:
 class Cluster:
     """Agents of one run, what their workers said, and the end of them all. Use as a context manager."""
 
-    def __init__(self, folder: Path, worker: Path = ROOT / "tests" / "elastic_worker.py") -> None:
-        self.worker = worker
+    def __init__(
+        self, folder: Path, worker: Path = ROOT / "tests" / "elastic_worker.py", endpoint: str | None = None
+    ) -> None:
+        self.worker, self.endpoint = worker, endpoint
         self.folder, self.run, self.events = folder, folder / "run", folder / "events"
         self.events.mkdir()
         self.ram = Path(os.environ["CKPT_RAM_DIR"]) / f"nodes-{uuid.uuid4().hex[:8]}"

@@ -34,10 +34,11 @@ REFUSED = (
 )
 
 
-class StoreConformance:
-    """Give it a fixture `open_again`: each call opens the same, at first empty, store anew.
+class RecordConformance:
+    """What is needed of a place for records.
 
-    `directories`: whether there are any without a file in them. `racing`: whether it promises exclusive creates.
+    Give it a fixture `open_again`: each call opens the same, at first empty, store anew. `directories`: whether there
+    are any without a file in them. `racing`: whether it promises exclusive creates.
     """
 
     directories = True
@@ -131,6 +132,10 @@ class StoreConformance:
                 operation(path)
         with pytest.raises(StorageError):
             store.read(path, limit_bytes=1)
+
+
+class StoreConformance(RecordConformance):
+    """Data files too."""
 
     def test_a_data_file_is_written_in_any_order(self, store: Store, open_again: Callable[[], Store]) -> None:
         path, nbytes, step = "steps/000000001.a/r00000.safetensors", (36 << 20) + 4096, 5_001_216

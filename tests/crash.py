@@ -70,6 +70,8 @@ def record(root: str, notes: str) -> Callable[[Note], None]:
                 note("append", below(folders[fd]), bytes(rest[0][:result]))
             elif kind == "posix_fallocate":
                 note("grow", below(folders[fd]), rest[0] + rest[1])
+            elif kind == "ftruncate":
+                note("cut", below(folders[fd]), rest[0])
             else:
                 note(kind, below(folders[fd]))
 
@@ -84,7 +86,7 @@ def record(root: str, notes: str) -> Callable[[Note], None]:
         return tell
 
     wrap("open", opened)
-    for name in ("pwrite", "write", "posix_fallocate", "fsync"):
+    for name in ("pwrite", "write", "posix_fallocate", "ftruncate", "fsync"):
         wrap(name, on_fd(name))
     for name, paths in (("link", 2), ("rename", 2), ("unlink", 1), ("mkdir", 1), ("rmdir", 1)):
         wrap(name, named(name, paths))
@@ -167,6 +169,10 @@ class Disk:
         elif kind == "grow":
             file = self.find(path)
             file.data.extend(bytes(max(0, rest[0] - len(file.data))))
+        elif kind == "cut":
+            file = self.find(path)
+            del file.data[rest[0] :]
+            file.data.extend(bytes(rest[0] - len(file.data)))
         elif kind == "fsync":
             node = self.find(path)
             if isinstance(node, File):

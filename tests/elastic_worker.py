@@ -8,7 +8,8 @@ EVENTS/finish exists (read by rank 0, told to all), with the exit code that stan
 environment, rank 1 of the first generation kills itself at that point of a save (`points`).
 
 With `steps` it trains in `checkpointer.steps`, saves every tenth step, and once EVENTS/leave-NODE exists the worker of
-that node has its node leave. With TEST_HANGS, rank 1 hangs, once, after step 15.
+that node has its node leave, within as many seconds as stand there; with EVENTS/hang-NODE it hangs. With TEST_HANGS,
+rank 1 hangs, once, after step 15. TEST_SLOW are seconds that each step takes longer on this node.
 """
 
 from __future__ import annotations
@@ -57,11 +58,13 @@ def in_steps(checkpointer: ckpt.Checkpointer, data: elastic.Batches, events: Pat
             return index
         if (events / f"leave-{node}").exists() and not left:
             left = True
-            elastic.leave("a test wants it")
+            elastic.leave("a test wants it", float((events / f"leave-{node}").read_text() or 60))
+        if (events / f"hang-{node}").exists():
+            threading.Event().wait()
         take(data, index + 1, say)
         state["w"], state["step"] = expected(index + 1), index + 1
         say("step", step=index + 1)
-        time.sleep(STEP_S)
+        time.sleep(STEP_S + float(os.environ.get("TEST_SLOW", "0")))
         if os.environ.get("TEST_HANGS") and dist.get_rank() == 1 and index >= 15:
             hang_once(events / "hung")
     return 1_000_000

@@ -15,6 +15,11 @@ swift() {
         "$here/swift/bin/python" -m pip install --quiet --disable-pip-version-check "swift>=2.38,<2.39"
 }
 
+gcs() {
+    "${PYTHON:-python3}" -m venv "$here/gcs" &&
+        "$here/gcs/bin/python" -m pip install --quiet --disable-pip-version-check "gcp-storage-emulator==2026.7.19"
+}
+
 unpack() { # Debian packages, with what they need, into the folder $1; root is only needed to ask for them
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
     apt-get update -qq
@@ -33,6 +38,6 @@ azurite() {
     command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix "$here/npm" azurite@3.33.0
 }
 
-for server in python swift ceph azurite disks; do
+for server in python swift gcs ceph azurite disks; do
     "$server" || echo "install_servers: $server could not be installed here; its tests will be skipped" >&2
 done

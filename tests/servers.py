@@ -4,6 +4,7 @@ ceph     Ceph's RADOS gateway on a monitor and a storage daemon in memory: the r
 moto     fast, strict about conditions, accepts anything else
 rclone   answers 200 to conditional puts and overwrites: the liar
 azurite  Azure's blobs
+gcs      an emulator of Google Cloud Storage, which overwrites as rclone does
 swift    OpenStack's object store through its S3 interface: the weak one, in which several racing creators may win
 """
 
@@ -79,6 +80,15 @@ def azurite() -> Iterator[str]:
             f"DefaultEndpointsProtocol=http;AccountName={AZURE_ACCOUNT};AccountKey={AZURE_KEY};"
             f"BlobEndpoint=http://127.0.0.1:{port}/{AZURE_ACCOUNT};"
         )
+
+
+@contextmanager
+def gcs() -> Iterator[str]:
+    """Yields the endpoint; there is a bucket named `bucket`."""
+    program, port = installed("gcs", "bin", "gcp-storage-emulator"), free_port()
+    command = [str(program), "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet"]
+    with running([*command, "--default-bucket", "bucket"], port):
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager

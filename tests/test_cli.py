@@ -454,13 +454,6 @@ def test_an_interrupt_exits_130(main: Main, saved: Path, monkeypatch: pytest.Mon
     assert main("check", saved) == (130, "", "\ninterrupted\n")
 
 
-def test_every_command_teaches_itself(main: Main) -> None:
-    for args in ((), ("ls",), ("show",), ("check",)):
-        code, out, _ = main(*args, "--help")
-        assert (code, "Examples:" in out) == (0, True)
-        assert max(map(len, out.splitlines())) <= 80
-
-
 def test_deleted_steps_are_counted_and_not_checked(run: Path, main: Main) -> None:
     directory = RunDirectory.open(run)
     view = directory.log.read()

@@ -28,7 +28,7 @@ import ckpt
 from ckpt.errors import NotFound
 from ckpt.run import RunDirectory
 
-IMAGES = 150  # of each scenario in the normal suite
+IMAGES = 100  # of each scenario in the normal suite
 ALL_IMAGES = int(os.environ.get("HOLDFAST_CRASH_IMAGES", "12000"))  # of all scenarios together, when asked for
 RESTORED_EVERY = 60  # images that a job restores, too, and goes on from
 
@@ -46,6 +46,12 @@ def small(step: int, world: int) -> dict[str, Any]:
 
 def _cut(tensor: DTensor, elements: int) -> DTensor:
     return DTensor.from_local(tensor.to_local()[:elements].clone(), tensor.device_mesh, tensor.placements)
+
+
+def noise_of(step: int) -> dict[str, torch.Tensor]:
+    """A part that never changes, and one that no two steps have in common; neither can be packed to nothing."""
+    parts = {"frozen": (20_000, 0), "noise": (3000, step)}
+    return {name: torch.randn(n, generator=torch.Generator().manual_seed(seed)) for name, (n, seed) in parts.items()}
 
 
 class Job:
@@ -68,9 +74,10 @@ class Job:
     def note_acknowledged(self, step: int) -> None:
         self._note(("acknowledged", step))
 
-    def save(self, checkpointer: ckpt.Checkpointer, *steps: int) -> None:
+    def save(self, checkpointer: ckpt.Checkpointer, *steps: int, noisy: bool = False) -> None:
         for step in steps:
-            checkpointer.save(step, small(step, self.world), blocking=True)
+            state = small(step, self.world) | (noise_of(step) if noisy else {})
+            checkpointer.save(step, state, blocking=True)
             self.acknowledged(step)
 
 
@@ -118,8 +125,26 @@ def adoption(rank: int, world: int, url: str, notes: str) -> None:
         job.save(checkpointer, 3)
 
 
+def references(rank: int, world: int, url: str, notes: str) -> None:
+    """Steps 3 to 5 refer to step 2, which stays for them; step 6 needs nothing of them."""
+    job = Job(rank, world, url, notes)
+    with job.open(keep=ckpt.Keep(last=1)) as checkpointer:
+        job.save(checkpointer, 1, 2, 3, 4, 5, noisy=True)
+        commits = {commit.step: commit for commit in RunDirectory.open(url).log.read().standing()}
+        assert commits[5].sources == (commits[2].attempt,)
+        job.save(checkpointer, 6)
+
+
+def packed(rank: int, world: int, url: str, notes: str) -> None:
+    job = Job(rank, world, url, notes)
+    with job.open(keep=ckpt.Keep(last=1), compression="zstd") as checkpointer:
+        job.save(checkpointer, 1, 2, 3, noisy=True)
+
+
 Scenario = Callable[[int, int, str, str], None]
-SCENARIOS: list[tuple[Scenario, int]] = [(saves, 1), (saves, 2), (retention, 1), (rollback, 1), (adoption, 1)]
+SCENARIOS: list[tuple[Scenario, int]] = [
+    (saves, 1), (saves, 2), (retention, 1), (rollback, 1), (adoption, 1), (references, 1), (packed, 1),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +192,7 @@ def check(notes: list[crash.Note], seed: int, limit: int, seen: set[bytes]) -> i
     """Read `limit` images at most, spread over all instants; how many there were."""
     found = list(cuts(notes, seed, 2, seen))
     chosen = found if len(found) <= limit else random.Random(seed).sample(found, limit)
-    expected = dict.fromkeys((1, 2, 3))
+    expected = dict.fromkeys(range(1, 7))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         for number, (instant, tree, allowed) in enumerate(chosen):
             path = Path(folder) / str(number)
@@ -176,7 +201,9 @@ def check(notes: list[crash.Note], seed: int, limit: int, seen: set[bytes]) -> i
             step = 0
             for step in standing(path, where):  # the last one is the head
                 state = ckpt.load(path, step=step)
+                noise = {name: state.pop(name) for name in noise_of(step) if name in state}
                 assert steps_seen(state) == {float(step)}, where
+                assert all(torch.equal(value, noise_of(step)[name]) for name, value in noise.items()), where
                 expected[step] = expected[step] or bits(state)
                 assert bits(state) == expected[step], where
             assert step in allowed, f"{where}: found {step}, expected one of {allowed}"

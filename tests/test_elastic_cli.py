@@ -153,7 +153,7 @@ def view_of(reason: str) -> View:
 @pytest.mark.parametrize(
     ("before", "after", "state"),
     [
-        (Pulse("a", 1, 3), Pulse("a", 1, 5, waiting=("host-c",), avoided=("host-d",)), "led"),
+        (Pulse("a", 1, 3), Pulse("a", 1, 5, waiting=("host-c",), avoided=("host-d",), slow=("x",)), "led"),
         (Pulse("a", 1, 3), Pulse("a", 1, 3), "no leader"),
         (None, None, "no leader"),
         (Pulse("x", 1, 3), Pulse("x", 1, 4), "no leader"),
@@ -167,7 +167,7 @@ def test_whether_there_is_a_leader_is_seen_by_its_counter(before: Any, after: An
     assert found["state"] == state
     assert [(m["rank"], m["name"], m["leads"]) for m in found["members"]] == [(0, "host-a", True), (1, "host-b", False)]
     if state == "led":
-        assert (found["spares"], found["quarantined"]) == (["host-c"], ["host-d"])
+        assert (found["spares"], found["quarantined"], found["slow"]) == (["host-c"], ["host-d"], ["x"])
     one = {"generation": 1, "unix_s": 1.0, "nodes": 2, "reason": "why", "commits": 0}
     assert found["generations"] == [one]
     json.dumps(found)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -64,23 +62,3 @@ def test_the_page_reads_what_is_packed_and_what_is_stored_elsewhere(tmp_path: Pa
     printed = dict(line.split("  ", 1) for line in _run("read_format.py", str(tmp_path)).splitlines()[1:])
     for name in ("base", "live"):
         assert printed[name].endswith(f"sum {state[name].to(torch.complex128).sum().real:.6g}")
-
-
-def test_the_program_of_the_readme_runs_goes_on_and_takes_other_ranks(tmp_path: Path) -> None:
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    block = next(b for b in re.findall(r"   ```python\n(.*?)   ```", readme, flags=re.DOTALL) if "train.py" not in b)
-    (tmp_path / "train.py").write_text(textwrap.dedent(block).replace("steps(5000", "steps(300"))
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(EXAMPLES.parent)}
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "step 300 loss" in run("train.py")
-    assert run("train.py") == ""  # nothing left to do
-    (tmp_path / "train.py").write_text((tmp_path / "train.py").read_text().replace("steps(300", "steps(500"))
-    assert "step 500 loss" in run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
-    assert ckpt.Checkpointer(tmp_path / "run1").all_steps() == [100, 200, 300, 400, 500]

@@ -187,6 +187,19 @@ SCRIPTS = {
         w1 retire 100.w1            ; expect retired=100.w1 ignored=0
         forged 100.w1 late          ; expect pins= ignored=1
     """,
+    "what is referred to stays": """
+        w1 start
+        w1 commit 100
+        w1 commit 200 from=100.w1
+        w1 commit 300 from=100.w1
+        w1 retire 100.w1 -> Incompatible
+        w1 retire 200.w1            ; expect retired=200.w1
+        w1 commit 400 from=200.w1 -> Incompatible
+        w1 commit 400 from=150.w1 -> Incompatible
+        force w1 commit 400 on=300.w1 from=200.w1
+        w1 commit 500               ; expect lineage=100.w1,200.w1,300.w1,500.w1 ignored=1
+        w1 retire 100.w1 300.w1     ; expect retired=100.w1,200.w1,300.w1
+    """,
     "slots without effect": """
         void
         w1 start                    ; expect generation=1 ignored=1
@@ -258,8 +271,9 @@ class Script:
         return start
 
     def commit(self, writer: str, arguments: list[str]) -> Record:
-        name = attempt(arguments[0], writer)
-        fields = structs.asdict(a_commit(step=int(name.split(".")[0]), attempt=name, nonce=f"c{self.view.next_slot}"))
+        name, more = attempt(arguments[0], writer), sources(arguments[1:])
+        commit = a_commit(step=int(name.split(".")[0]), attempt=name, nonce=f"c{self.view.next_slot}", sources=more)
+        fields = structs.asdict(commit)
         del fields["parent"]
         return decide_commit(self.view, **(fields | self.as_holder(writer)))
 
@@ -277,7 +291,8 @@ class Script:
     def force(self, writer: str, arguments: list[str]) -> Record:
         name, parent = attempt(arguments[0], writer), attempt(arguments[1].removeprefix("on="))
         step, nonce, generation = int(name.split(".")[0]), f"f{self.view.next_slot}", self.held[writer][0]
-        return a_commit(step=step, attempt=name, nonce=nonce, generation=generation, parent=parent)
+        more = sources(arguments[2:])
+        return a_commit(step=step, attempt=name, nonce=nonce, generation=generation, parent=parent, sources=more)
 
     def as_holder(self, writer: str) -> dict[str, Any]:
         generation, nonce = self.held[writer]
@@ -299,6 +314,10 @@ class Script:
 def attempt(text: str, writer: str = "") -> str:
     step, _, name = text.partition(".")
     return attempt_name(int(step), name or writer)
+
+
+def sources(arguments: list[str]) -> tuple[str, ...]:
+    return tuple(attempt(argument.removeprefix("from=")) for argument in arguments)
 
 
 def short(name: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from proxy import ALL, QUICK, faulty
 from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
 
 import ckpt
+from ckpt.bench import measure
 from ckpt.doctor import examine
 from ckpt.errors import Incompatible, StorageError
+from ckpt.manifest import digest
 from ckpt.records import Request
 from ckpt.run import RunDirectory, RunLog
 from ckpt.store import OutcomeUnknown, Store
@@ -53,6 +56,12 @@ def rclone_server() -> Iterator[str]:
 def azurite_server() -> Iterator[str]:
     with servers.azurite() as connection:
         yield connection
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[str]:
+    with servers.gcs() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +158,25 @@ class TestRclone(ObjectConformance):
         pytest.skip("it lies: creates overwrite")
 
 
+@pytest.mark.prove  # its server is in Python, too
+class TestGcs(ObjectConformance):
+    """Google's own service refuses a second create; its emulator does not know the condition."""
+
+    racing = False
+
+    @pytest.fixture
+    def open_again(self, gcs_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Store]:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server)
+        url = f"gs://bucket/{uuid.uuid4()}"
+        return lambda: open_store(url)
+
+    def test_it_is_not_believed(self, store: Store) -> None:
+        assert not store.capabilities.fences
+
+    def test_create_is_exclusive_and_makes_parents(self, store: Store, open_again: Callable[[], Store]) -> None:
+        pytest.skip("it lies: creates overwrite")
+
+
 # What is found out about them
 
 
@@ -160,6 +188,13 @@ def test_doctor_trusts_what_can_be_trusted(
     found = examine(open_store(f"{url}/run"))
     assert [trial.seen for trial in found.trials if not trial.ok] == []
     assert found.fences
+    assert not open_store(url).exists("run")
+
+
+def test_bench_measures_a_bucket_and_leaves_it_as_it_was(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket(monkeypatch, moto_server)
+    rates = measure(open_store(f"{url}/run"), 8 << 20, digest, lambda nbytes: None)
+    assert min(asdict(rates).values()) > 0
     assert not open_store(url).exists("run")
 
 

@@ -293,3 +293,18 @@ def _records(path: Path) -> list[Entry]:
     from ckpt.records import decode_record
 
     return [decode_record(file.read_bytes()) for file in sorted((path / "log").iterdir())]
+
+
+def test_the_best_step_is_that_of_the_rule_or_of_the_metric_that_is_asked_for(tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path, keep=Keep(last=9, best=Best("loss"))) as checkpointer:
+        assert checkpointer.best_step() is None
+        for step, loss, accuracy in ((1, 0.5, 0.1), (2, 0.2, 0.9), (3, 0.2, 0.3), (4, float("nan"), 0.2)):
+            checkpointer.save(step, {"n": step}, metrics={"loss": loss, "accuracy": accuracy}, blocking=True)
+        assert checkpointer.best_step() == 3
+        assert checkpointer.best_step(Best("accuracy", "max")) == 2
+        assert checkpointer.best_step(Best("unknown")) is None
+    with (
+        ckpt.Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(ckpt.Incompatible, match=r'Best\("val_loss"\)'),
+    ):
+        checkpointer.best_step()

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from ckpt.cli.bench import bench
 from ckpt.cli.change import copy_run, delete_step, gc, pin_step, unpin_step
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
@@ -31,17 +32,18 @@ def cli() -> None:
 
     \b
     Examples:
-      ckpt ls /data/run                    which steps are there
-      ckpt show /data/run --step 2000      what step 2000 holds, and who wrote it
-      ckpt check /data/run --all           is every byte still what was saved
-      ckpt diff /data/run@1000 /data/run   what changed since step 1000
-      ckpt resume /data/run -- python train.py   go on, and again when it fails
-      ckpt cp /data/run@2000 s3://bucket/x copy step 2000 to another place
-      ckpt export /data/run out --format hf --only model   for other libraries
-      ckpt import gpt2/ /data/run --step 0 --prefix model  from them
-      ckpt gc /data/run --last 3 --dry-run what would be deleted
-      ckpt pin /data/run 2000 --name best  never delete step 2000
-      ckpt doctor s3://bucket/run          can a run be kept there
+      ckpt ls /data/run                         which steps are there
+      ckpt show /data/run --step 2000           what it holds, who wrote it
+      ckpt check /data/run --all                is every byte what was saved
+      ckpt diff /data/run@1000 /data/run        what changed since step 1000
+      ckpt resume /data/run -- python train.py  go on, and again after failures
+      ckpt cp /data/run@2000 s3://bucket/x      copy step 2000 elsewhere
+      ckpt export /data/run out --format hf     for another library
+      ckpt import gpt2/ /data/run --step 0      from another library
+      ckpt gc /data/run --last 3 --dry-run      what would be deleted
+      ckpt pin /data/run 2000 --name best       never delete step 2000
+      ckpt doctor s3://bucket/run               can a run be kept there
+      ckpt bench /data/run                      what does a save cost
       ckpt ls /data/run --json | jq '.steps[-1].step'
 
     \b
@@ -65,6 +67,7 @@ for command in (
     unpin_step,
     delete_step,
     doctor,
+    bench,
 ):
     cli.add_command(command)
 

@@ -13,6 +13,7 @@ from ckpt.console import (
     count,
     find,
     json_option,
+    leading_url_argument,
     open_at,
     open_run,
     output,
@@ -70,10 +71,10 @@ def gc(
 
     \b
     --json prints
-      {"url": str, "dry_run": bool, "freed": int, in bytes
-       "kept": [{"step": int, "attempt": str, "why": str}, ...],
-       "deleted": [{"step": int, "attempt": str, "nbytes": int}, ...],
-       "abandoned": [str, ...]}   attempts that were never committed
+      {"url": str, "dry_run": bool, "freed": int,  # bytes
+       "kept": [{"step": int, "attempt": str, "why": str}],
+       "deleted": [{"step": int, "attempt": str, "nbytes": int}],
+       "abandoned": [str]}  # attempts that were never committed
     """
     run, view = open_run(url)
     keep = Keep(last=last, every=every, best=Best(best, mode, best_count) if best else None)
@@ -142,7 +143,7 @@ def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
 
 
 @click.command("pin")
-@url_argument
+@leading_url_argument
 @click.argument("step", type=click.IntRange(min=0))
 @click.option("--name", callback=_name, metavar="NAME", help="Its name; else step-<N>. Pinned again, a name moves.")
 @json_option
@@ -172,7 +173,7 @@ def _print_pin(found: Json) -> None:
 
 
 @click.command("unpin")
-@url_argument
+@leading_url_argument
 @click.argument("name")
 @json_option
 def unpin_step(url: str, name: str, as_json: bool) -> None:
@@ -192,7 +193,7 @@ def unpin_step(url: str, name: str, as_json: bool) -> None:
 
 
 @click.command("delete")
-@url_argument
+@leading_url_argument
 @click.argument("step", type=click.IntRange(min=0))
 @dry_run_option
 @takeover_option
@@ -212,7 +213,7 @@ def delete_step(url: str, step: int, dry_run: bool, takeover: bool, as_json: boo
     \b
     --json prints
       {"url": str, "dry_run": bool, "step": int, "attempt": str,
-       "nbytes": int, "done": bool}   false: a job will do it
+       "nbytes": int, "done": bool}  # false: a job will do it
     """
     run, view = open_run(url)
     commit = find(run, view, step)
@@ -259,8 +260,8 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, as_json: boo
     \b
     --json prints
       {"from": str, "to": str,
-       "copied": [{"step": int, "attempt": str, "nbytes": int}, ...],
-       "there_already": [int, ...]}
+       "copied": [{"step": int, "attempt": str, "nbytes": int}],
+       "there_already": [int]}
     """
     run, view, number = open_at(source)
     commits = view.standing() if every and number is None else [find(run, view, number)]

@@ -37,12 +37,14 @@ def diff(left: str, right: str, every: bool, as_json: bool) -> None:
 
     \b
     --json prints
-      {"left": {"url": str, "step": int}, "right": {...}, "equal": bool,
-       "same": int, "values": [str, ...],   values that differ
+      {"left": SIDE, "right": SIDE, "equal": bool,
+       "same": int,  # tensors that are bit for bit the same
+       "values": [str],  # names of values that differ
        "tensors": [{"key": str, "status": "same" | "changed" | "kind" |
                     "left" | "right", "left": SPEC, "right": SPEC,
                     "share": float, "largest": float, "mean": float,
-                    "not_finite": int}, ...]}
+                    "not_finite": int}]}
+      SIDE = {"url": str, "step": int}
       SPEC = {"dtype": str, "shape": [int]} | null
     """
     sides = _side(left), _side(right)

@@ -30,7 +30,7 @@ def doctor(url: str, as_json: bool) -> None:
     --json prints
       {"url": str, "usable": bool, "fences": bool,
        "trials": [{"name": str, "what": str, "ok": bool, "seen": str,
-                   "seconds": float}, ...]}
+                   "seconds": float}]}
     """
     found = examine(open_store(url))
     output(_json(found), as_json, _print)

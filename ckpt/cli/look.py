@@ -54,15 +54,16 @@ def list_steps(url: str, as_json: bool) -> None:
     \b
     --json prints
       {"url": str, "generation": int, "head": int | null, "deleted": int,
-       "steps": [STEP, ...],     the lineage, oldest first
-       "outside": [STEP, ...],   committed, not in the lineage
+       "steps": [STEP],  # the lineage, oldest first
+       "outside": [STEP],  # committed, not in the lineage
        "uncommitted": [{"attempt": str, "step": int, "nbytes": int,
-                        "unix_s": float}, ...]}
+                        "unix_s": float}]}
       STEP = {"step": int, "generation": int, "attempt": str,
               "parent": str | null, "unix_s": float, "nbytes": int,
               "world": int, "content_digest": str,
-              "sources": [attempt that holds what did not change since],
-              "metrics": {str: float, or "nan", "inf", "-inf"}, "pins": [str]}
+              "sources": [str],  # attempts that hold what did not change
+              "metrics": {str: float | "nan" | "inf" | "-inf"},
+              "pins": [str]}
     """
     run, view = open_run(url)
     listing = _listing(run, view)
@@ -148,12 +149,18 @@ def show(url: str, step: int | None, as_json: bool) -> None:
 
     \b
     --json prints
-      {"url": str, STEP as in `ckpt ls --json`, "head": bool,
+      {"url": str, **STEP, "head": bool,
        "tensors": [{"key": str, "dtype": str, "shape": [int], "nbytes": int,
-                    "sharding": str, "shards": int, "ranks": [int]}, ...],
-       "tied": {other name: key}, "values": {name: str},
-       "rank_values": {name: [rank, ...]}}
-      Values are shown as Python writes them, shortened.
+                    "sharding": str, "shards": int, "ranks": [int]}],
+       "tied": {str: str},  # other name: key
+       "values": {str: str},  # as Python writes them, shortened
+       "rank_values": {str: [int]}}  # name: ranks
+      STEP = {"step": int, "generation": int, "attempt": str,
+              "parent": str | null, "unix_s": float, "nbytes": int,
+              "world": int, "content_digest": str,
+              "sources": [str],  # attempts that hold what did not change
+              "metrics": {str: float | "nan" | "inf" | "-inf"},
+              "pins": [str]}
     """
     run, view = open_run(url)
     output(_describe(run, view, find(run, view, step)), as_json, _print_step)

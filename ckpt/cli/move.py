@@ -37,7 +37,7 @@ def export_run(source: str, target: Path, form: Format, only: str, max_shard_byt
     \b
     --json prints
       {"from": str, "step": int, "to": str, "format": str, "tensors": int,
-       "values": int, "nbytes": int, "notes": [str, ...]}
+       "values": int, "nbytes": int, "notes": [str]}
     """
     run, view, number = open_at(source)
     commit = find(run, view, number)
@@ -85,7 +85,7 @@ def import_file(
     \b
     --json prints
       {"from": str, "step": int, "to": str, "attempt": str, "tensors": int,
-       "values": int, "nbytes": int, "notes": [str, ...]}
+       "values": int, "nbytes": int, "notes": [str]}
     """
     run = RunDirectory.open(target, create=True)
     run.log.read()

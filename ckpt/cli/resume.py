@@ -9,8 +9,8 @@ from functools import partial
 import click
 
 from ckpt.check import is_whole
-from ckpt.console import Json, age, count, json_option, output, plain, size, url_argument
-from ckpt.errors import NotFound
+from ckpt.console import Json, StartsCommand, age, count, json_option, output, plain, size, url_argument
+from ckpt.errors import Corrupt, NotFound
 from ckpt.resume import RESUME_FROM, Choice, Supervisor, asked_back, choose, environment
 from ckpt.run import RunDirectory
 from ckpt.store import Store
@@ -19,7 +19,7 @@ from ckpt.stores import open_store
 RESTARTS = 100
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(cls=StartsCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Go on from step N; newer ones are left behind.")
 @click.option("--before", type=click.IntRange(min=1), metavar="N", help="Go on from the newest step below N.")
 @click.option("--allow-older", is_flag=True, help="Where the step is damaged: from the newest older one that is whole.")
@@ -102,7 +102,10 @@ class _Plan:
             if self._back and asked_back(view, self._back) is None:
                 self._choose, self._back = partial(self._choose, step=None, before=None), ""
             thorough = failed is not None and failed < 128  # it was not killed, so the bytes may be why it failed
-            self.choice = self._choose(view, run.attempts(), partial(is_whole, run, thorough=thorough))
+            try:
+                self.choice = self._choose(view, run.attempts(), partial(is_whole, run, thorough=thorough))
+            except (Corrupt, NotFound) as error:
+                raise type(error)(f"{run.url}: {error}") from None
             self.environment = environment(run.url, self.choice, view.generation)
             self._back = self.environment.get(RESUME_FROM, "")
         _tell(self.words())

@@ -51,12 +51,13 @@ def check(url: str, step: int | None, every: bool, as_json: bool) -> None:
 
     \b
     --json prints
-      {"url": str, "ok": bool, "log": [FINDING, ...],
+      {"url": str, "ok": bool, "log": [FINDING],
        "steps": [{"step": int, "attempt": str, "nbytes": int, "world": int,
-                  "ok": bool, "complete": bool, "findings": [FINDING, ...]}]}
-      FINDING = {"file": str, relative to the run,
+                  "ok": bool,
+                  "complete": bool,  # false: more than the 100 findings
+                  "findings": [FINDING]}]}
+      FINDING = {"file": str,  # relative to the run
                  "tensor": str | null, "problem": str}
-      "complete" is false where there is more than the 100 findings listed.
     """
     if every and step is not None:
         raise click.UsageError("--step and --all exclude each other")

@@ -22,7 +22,7 @@ from ckpt.adapt import decode_value
 from ckpt.adapt.state import INLINE_ELEMENTS
 from ckpt.adapt.values import dtype_from_name, extend_encode
 from ckpt.errors import Incompatible, NotFound
-from ckpt.holder import Holder
+from ckpt.holder import Holder, discard
 from ckpt.interop.dcpfiles import METADATA_NAME, read_dcp, write_dcp
 from ckpt.interop.files import Files, appearing, read_whole
 from ckpt.interop.hf import (
@@ -44,7 +44,7 @@ from ckpt.records import Commit, attempt_name
 from ckpt.restorer import StepReader
 from ckpt.sharding import ITEMSIZE, Whole
 from ckpt.slices import Slice, flat_boxes
-from ckpt.writing import check_follows, commit_step, discard, write_part
+from ckpt.writing import check_follows, commit_step, write_part
 
 Format = Literal["safetensors", "hf", "dcp", "torch"]
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)

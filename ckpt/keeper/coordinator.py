@@ -13,18 +13,16 @@ from functools import lru_cache
 import msgspec
 
 from ckpt import errors
-from ckpt.errors import CkptError, Incompatible, SaveFailed
-from ckpt.events import point
-from ckpt.holder import append_commit
+from ckpt.errors import Incompatible, SaveFailed
+from ckpt.holder import commit_parts
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
-from ckpt.log import View, check_fence
-from ckpt.manifest import SOURCES_LIMIT, Manifest, content_digest_of, decode_world, encode_manifest
+from ckpt.log import View
+from ckpt.manifest import SOURCES_LIMIT, Manifest, content_digest_of, decode_world
 from ckpt.records import Commit
 from ckpt.retention import kept_for_itself
 from ckpt.run import RunDirectory
 from ckpt.signing import KEY_VARIABLE
-from ckpt.store import OutcomeUnknown
 
 GRACE_S = 10.0  # for the keepers of other nodes to come back, once a new start waits
 LOST_S = 1.0  # the same, where it is known that a node is lost: for what is under way
@@ -176,7 +174,8 @@ class Ledger:
     def _fail(self, attempt: Attempt, kind: str, message: str) -> list[Action]:
         if attempt.committing:
             return []
-        text = f"{attempt.job.attempt} was not committed: {message} Every older step is as it was."
+        why = message.rstrip(".")
+        text = f"{attempt.job.attempt} was not committed: {why}. Every older step is as it was."
         return [self._end(Outcome(attempt.job.attempt, kind=kind, message=text)), *self._advance()]
 
     def _end(self, outcome: Outcome) -> Outcome:
@@ -232,17 +231,9 @@ def _some(ranks: list[int]) -> str:
 
 
 def commit(run: RunDirectory, attempt: Attempt) -> Commit:
-    """Write the MANIFEST of `attempt` and append its commit record. Blocking.
-
-    Where the MANIFEST certainly could not be written, the attempt is removed: a full disk needs the room. Once it
-    stands, a later generation may adopt the attempt, so it is never touched again.
-    """
+    """Write the MANIFEST of `attempt` and append its commit record (`commit_parts`). Blocking."""
     job, summary = attempt.job, attempt.summary
     assert summary is not None
-    view = run.log.read()
-    if (known := view.commits.get(job.attempt)) is not None:
-        return known
-    check_fence(view, job.generation, job.holder)  # the MANIFEST of a stale writer could be adopted later
     world = world_of(attempt.layouts)
     stored = [attempt.stored[rank] for rank in range(job.world_size)]
     weak = [rank for rank, part in enumerate(stored) if len(part.ref.part_digest) != len(run.digest(b""))]
@@ -256,7 +247,7 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         step=job.step,
         generation=job.generation,
         attempt=job.attempt,
-        parent=view.head.attempt if view.head else None,
+        parent=None,
         world=world,
         ownership=summary.ownership,
         parts=tuple(part.ref for part in stored),
@@ -264,16 +255,7 @@ def commit(run: RunDirectory, attempt: Attempt) -> Commit:
         metrics=summary.metrics,
         sources=tuple(sorted({source for part in stored for source in part.sources})),
     )
-    data = encode_manifest(manifest)
-    point("manifest", step=job.step)
-    try:
-        run.store.put(run.attempt_path(job.attempt, "MANIFEST"), data)
-    except OutcomeUnknown:
-        raise
-    except CkptError:
-        discard(run, job.attempt)
-        raise
-    return append_commit(run, manifest, data, job.generation, job.holder)
+    return commit_parts(run, manifest, job.holder)
 
 
 def base_for(view: View, job: Job, summary: Summary) -> tuple[Persist, frozenset[str]]:
@@ -295,15 +277,6 @@ def base_for(view: View, job: Job, summary: Summary) -> tuple[Persist, frozenset
     )
     staying = kept_for_itself(view.after(following), summary.keep)
     return Persist(job.attempt, head.attempt, held & frozenset(staying)), held
-
-
-def discard(run: RunDirectory, attempt: str) -> None:
-    """Remove an attempt that has no MANIFEST, as far as the store lets us."""
-    try:
-        if not run.store.exists(run.attempt_path(attempt, "MANIFEST")):
-            run.store.delete(run.attempt_path(attempt))
-    except CkptError:
-        return
 
 
 @lru_cache(maxsize=4)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt.errors import CkptError
-from ckpt.holder import apply_retention
-from ckpt.keeper.coordinator import LOST_S, Action, Attempt, Commits, Ledger, base_for, commit, discard, failure
+from ckpt.holder import apply_retention, discard
+from ckpt.keeper.coordinator import LOST_S, Action, Attempt, Commits, Ledger, base_for, commit, failure
 from ckpt.keeper.orders import (
     Broken,
     FromCoordinator,

@@ -19,7 +19,8 @@ import msgspec
 
 from ckpt.errors import CkptError, Corrupt, SaveFailed
 from ckpt.events import point
-from ckpt.keeper.coordinator import discard, failure, world_of
+from ckpt.holder import discard
+from ckpt.keeper.coordinator import failure, world_of
 from ckpt.keeper.orders import (
     Abort,
     Broken,

@@ -84,13 +84,12 @@ class Listener:
 
     async def _take(self, facts: dict[str, object], pid: int) -> bytes:
         environment = environment_of(pid)
-        told = facts.get("generation", environment.get("ELASTIC_GENERATION", 0))
         mark = Mark(
             at=time.monotonic() - self._began,
             name=str(facts.pop("name")),
             node=environment.get(NODE_VARIABLE, "").partition("/")[0],
             pid=pid,
-            generation=int(str(told)),
+            generation=int(str(facts.get("generation", 0))),
             facts=facts,
         )
         self.marks.append(mark)

@@ -216,6 +216,13 @@ def test_every_shipped_scenario_names_faults_that_exist() -> None:
         assert needs(scenario) <= {"boxes", "disk", "tc", "freezer", "memory", "cpu"}
 
 
+def test_the_scenario_of_the_page_is_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "chaos.md").read_text()
+    scenario = parse(text.split("```toml\n")[1].split("```")[0], "page")
+    assert [fault.kind for fault in scenario.faults] == ["worker-kill", "node-loss"]
+    assert scenario.promise == Promise(), "the page says that it shows the defaults"
+
+
 def test_a_scenario_with_a_mistake_is_refused_by_name() -> None:
     for text in ("nodes = ", "nods = 3", "[[fault]]\nkind = 'x'\nat.stp = 3", "nodes = 1\nminimum = 2"):
         with pytest.raises(Incompatible, match="scenario mine"):

@@ -195,4 +195,4 @@ def test_nearly_every_block_is_run() -> None:
     left = [f"{block.where}: {block.reason}" for block in found if block.kind != "text" and block.reason]
     left = [line for line in left if line.partition(":")[0] not in ELSEWHERE]
     assert len(left) == NOT_RUN, "\n".join(left)
-    assert all(block.kind in {"python", "sh", "console", "diff", "text"} for block in found)
+    assert all(block.kind in {"python", "sh", "console", "diff", "toml", "text"} for block in found)

@@ -16,10 +16,13 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
+from ckpt.adapt import collect_state
 from ckpt.agreement import Signal, on_first, require_equal, together
 from ckpt.arguments import run_id_of, step_number
 from ckpt.board import Place
+from ckpt.echo import tell_echo
 from ckpt.errors import CkptError, Incompatible
+from ckpt.events import point, watched
 from ckpt.figures import Reporter
 from ckpt.handle import SaveHandle
 from ckpt.holder import Given, Holder, find_commit
@@ -155,6 +158,7 @@ class Checkpointer:
         self._check_open()
         asked = time.monotonic()
         handle = self._saver.save(step, state, {**self._metrics, **(metrics or {})}, must=blocking)
+        point("saved", step=handle.step, rank=self._ranks.rank, blocked_s=time.monotonic() - asked)
         self._metrics.clear()
         self._saved_at = asked
         if not handle.skipped:
@@ -215,6 +219,7 @@ class Checkpointer:
         converts dtypes.
         """
         self._check_open()
+        point("restoring", rank=self._ranks.rank)
         relaxed = Relaxed(strict, paths(only), rename, cast)
         require_equal(self._ranks, "restore", (step, required, fallback, relaxed))
         number = None if step is None else step_number(step)
@@ -230,6 +235,9 @@ class Checkpointer:
         on_first(self._ranks, lambda: self._go_on_from(done.attempt))
         self._saver.forget_start()
         self._saved_at, self._last_saved = time.monotonic(), done.step
+        if watched():
+            holds = collect_state(state, self._ranks.rank, self._ranks.size)
+            tell_echo("restore", holds, self._ranks.rank, step=done.step, world=self._ranks.size, attempt=done.attempt)
         return done.step
 
     def _begin(self, step: int | None) -> Commit | None:
@@ -284,6 +292,7 @@ class Checkpointer:
                 yield step
                 done = step + 1
                 self._measure(time.monotonic() - began, saving)
+                point("step", step=done, rank=self._ranks.rank, world=self._ranks.size, metrics=self._metrics)
                 heard = pending() if pending else None
                 advance(done)
                 self._at(done)

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound
+from ckpt.events import point
 from ckpt.log import HEAD, View, check_fence, decide_commit, decide_retire, decide_start
 from ckpt.manifest import (
     MANIFEST_LIMIT_BYTES,
@@ -238,6 +239,7 @@ def commit_parts(run: RunDirectory, manifest: Manifest, holder_nonce: str) -> Co
     check_fence(view, manifest.generation, holder_nonce)  # the MANIFEST of a stale writer could be adopted later
     manifest = msgspec.structs.replace(manifest, parent=view.head.attempt if view.head else None)
     data = encode_manifest(manifest)
+    point("manifest", step=manifest.step)
     try:
         run.store.put(run.attempt_path(manifest.attempt, "MANIFEST"), data)
     except OutcomeUnknown:
@@ -264,7 +266,8 @@ def _append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generatio
     """
     nonce, unix_s = secrets.token_hex(8), time.time()
     run.check_unchanged()
-    return run.log.append(
+    point("record", step=manifest.step)
+    done = run.log.append(
         lambda view: decide_commit(
             view,
             generation=generation,
@@ -282,6 +285,8 @@ def _append_commit(run: RunDirectory, manifest: Manifest, data: bytes, generatio
             sources=manifest.sources,
         )
     )
+    point("commit", step=done.step, attempt=done.attempt, generation=done.generation)
+    return done
 
 
 def apply_retention(
@@ -300,6 +305,8 @@ def apply_retention(
 
 def carry_out(run: RunDirectory, plan: Plan, generation: int, holder_nonce: str) -> None:
     """Retire the attempts of `plan`, and delete the bytes of all that are retired."""
+    if plan.attempts:
+        point("retire", attempts=list(plan.attempts))
     for first in range(0, len(plan.attempts), RETIRED_AT_ONCE):
         attempts, nonce = plan.attempts[first : first + RETIRED_AT_ONCE], secrets.token_hex(8)
         run.log.append(

@@ -20,6 +20,7 @@ import msgspec
 from ckpt.adapt import Collected, Fence, Versions, collect_state
 from ckpt.agreement import Signal, is_one, on_first, raise_together, together, word
 from ckpt.arguments import checked_metrics, step_number
+from ckpt.echo import tell_echo
 from ckpt.errors import CkptError, Incompatible, SaveFailed
 from ckpt.exchange import (
     agree_on_world,
@@ -186,6 +187,7 @@ class Saver:
             )
         collected = collect_state(state, self._ranks.rank, self._ranks.size)
         layout = encode_layout(collected.layout())
+        tell_echo("save", collected, self._ranks.rank, step=number, world=self._ranks.size, metrics=values)
         return _Request(number, values, collected, layout, digest_of_values(collected))
 
     def _agree(self, request: _Request | None, failure: BaseException | None) -> _Request | None:

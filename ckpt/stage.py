@@ -23,6 +23,7 @@ from ckpt import direct
 from ckpt.adapt import bytes_view
 from ckpt.buffers import narrow, typed
 from ckpt.errors import DeadlineExceeded, StorageError
+from ckpt.events import point
 from ckpt.keeper.courier import Pending
 from ckpt.keeper.orders import Replicas
 from ckpt.keeper.ram import RamTier
@@ -382,6 +383,7 @@ class Stage:
 
         `streamed`: the caller waits for the store anyway, so that the keeper begins with what is copied.
         """
+        point("copy", step=pending.order.job.step, rank=pending.order.rank, attempt=pending.attempt)
         if isinstance(place, Arena):
             place.user = pending
         else:

@@ -213,6 +213,74 @@ def cordon(node: str, url: str, undo: bool, run_id: str | None, as_json: bool) -
     output(_cordon_json(run, node, cordoned=not undo), as_json, lambda found: say(f"{plain(node)} {what}"))
 
 
+@cli.command("chaos", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@click.option("--seed", default=0, show_default=True, help="Draws nodes, and the faults of random and replay.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, metavar="N", help="As many runs, with seeds from --seed on."
+)
+@click.option("--nodes", type=click.IntRange(min=1), help="So many, instead of what the scenario says.")
+@click.option("--minutes", default=2.0, show_default=True, help="For how long random and replay inject faults.")
+@click.option("--folder", type=click.Path(file_okay=False), help="A new one for the run, logs and report.")
+@click.option("--reference", is_flag=True, help="First run undisturbed, and compare every metric with it.")
+@click.option("--processes", is_flag=True, help="Nodes without namespaces, as without root.")
+@click.option("--list", "as_list", is_flag=True, help="Show the faults and scenarios, and what each needs.")
+@json_option
+@click.argument("scenario", required=False)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- SCRIPT...")
+def chaos(
+    seed: int, seeds: int, nodes: int | None, minutes: float, folder: str | None, reference: bool, processes: bool,
+    as_list: bool, as_json: bool, scenario: str | None, command: Sequence[str],
+) -> None:  # fmt: skip
+    """Put SCRIPT through the failures of SCENARIO on this machine, and judge whether it kept its promises.
+
+    SCENARIO is a shipped one, `random`, `replay TRACE.json`, or a TOML file. SCRIPT is what `elastic run` takes; it
+    finds the place of its run in CKPT_URL. Writes report.html and report.json. Several --seeds in one --folder add up:
+    what is there already is not run again.
+
+    \b
+    Examples:
+      elastic chaos --list
+      elastic chaos node-loss -- train.py
+      elastic chaos random --seed 7 --minutes 5 -- train.py
+      elastic chaos replay trace.json --minutes 5 -- train.py
+
+    \b
+    --json prints of a run, or of --list
+      {"passed": bool, "folder": str,
+       "figures": {"seconds": float, "goodput": float,
+                   "split_s": {"productive": float, "recompute": float,
+                               "saving": float, "detection": float,
+                               "rendezvous": float, "restore": float,
+                               "ending": float},
+                   "faults": int, "generations": int, "steps": int,
+                   "steps_computed_again": int,
+                   "median_recovery_s": float | null,
+                   "worst_recovery_s": float | null},
+       "oracles": [{"oracle": str, "evidence": str,
+                    "verdict": "green" | "red" | "not judged"}]}
+      | {"faults": [{"kind": str, "stands_for": str,
+                     "share_percent": float | null, "promise": str,
+                     "needs": [str], "lacks": [str]}],
+         "scenarios": [{"name": str, "title": str, "nodes": int,
+                        "lacks": [str]}]}
+
+    Exit code 0 only if no oracle is red.
+    """
+    from elastic.chaos import command as chaos_command
+
+    if as_list:
+        chaos_command.show_listing(as_json)
+        return
+    if scenario is None or not command:
+        raise click.UsageError("which SCENARIO, and which -- SCRIPT? `elastic chaos --list` shows the scenarios")
+    sys.exit(
+        chaos_command.run(
+            scenario, command, seeds=range(seed, seed + seeds), nodes=nodes, minutes=minutes, folder=folder,
+            reference=reference, as_processes=processes, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
 def _put(node: str, url: str, run_id: str | None, *, drain: bool) -> RunDirectory:
     from elastic.registry import open_run
     from elastic.roster import Cordon, put_cordon
@@ -238,3 +306,7 @@ def _cordon_json(run: RunDirectory, node: str, *, cordoned: bool = True, drained
 def main() -> NoReturn:
     """Entry point: run the command, say what went wrong on stderr, exit as the module says."""
     run_command(cli, "elastic")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ckpt.errors import Incompatible
+from ckpt.events import point
 from elastic.order import ALGORITHM, MicroBatch, Order, plan_step
 
 _OURS = frozenset({"batch_size", "shuffle", "sampler", "batch_sampler", "generator", "in_order"})
@@ -135,6 +136,7 @@ class Batches:
                 raise RuntimeError("this step() was overtaken by another one, or by a restore: leave its loop first")
             if batch.last:
                 self._done, self._torn = self._done + 1, False
+            point("batch", number=self._done - batch.last, samples=self._order.samples, indices=list(batch.indices))
             yield batch
             if batch.last:
                 return

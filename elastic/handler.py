@@ -32,6 +32,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 
 from ckpt.errors import CkptError
+from ckpt.events import point
 from ckpt.records import is_name
 from elastic import network
 from elastic.agent import Agent
@@ -116,6 +117,7 @@ class Handler(RendezvousHandler):
         rank = membership.rank(self._node)
         assert rank is not None
         self._set_environment(membership)
+        point("join", generation=membership.generation, rank=rank, leads=membership.leader == self._node)
         self._tell_hooks(membership, rank)
         log.warning(
             "generation %d: rank %d of %d nodes (%s)",

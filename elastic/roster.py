@@ -21,6 +21,7 @@ import time
 import msgspec
 
 from ckpt.errors import Corrupt, Fenced, Incompatible, NotFound
+from ckpt.events import point
 from ckpt.holder import boot_id, is_gone
 from ckpt.log import decide_start
 from ckpt.run import RunDirectory
@@ -193,6 +194,7 @@ class Roster:
         """
         nonce, me = secrets.token_hex(8), self.me
         self.run.check_unchanged()
+        point("decide", generation=ask.generation + 1, reason=ask.reason)
         try:
             start = self.run.log.append(
                 lambda view: decide_start(

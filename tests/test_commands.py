@@ -158,6 +158,7 @@ def _documents(run: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield printed("elastic status", run)
     yield printed("elastic drain", "node7", run)
     yield printed("elastic cordon", "--undo", "node7", run)
+    yield printed("elastic chaos", "--list")
     view = view_of("why")
     pulses = Pulse("a", 1, 3), Pulse("a", 1, 5, waiting=("host-c",), avoided=("host-d",))
     yield "elastic status", describe("/run", view, of_start(view.holder), *pulses, ["host-e"])

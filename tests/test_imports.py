@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = [
     "ckpt.errors",
+    "ckpt.events",
     "ckpt.arguments",
     "ckpt.interval",
     "ckpt.figures",
@@ -65,6 +66,7 @@ ORDER = [
     "ckpt.adapt.fsdp1",
     "ckpt.adapt.members",
     "ckpt.adapt",
+    "ckpt.echo",
     "ckpt.buffers",
     "ckpt.reading",
     "ckpt.stage",
@@ -140,6 +142,23 @@ ORDER = [
     "elastic.service",
     "elastic.handler",
     "elastic.status",
+    "elastic.goodput",
+    "elastic.chaos",
+    "elastic.chaos.scenario",
+    "elastic.chaos.trace",
+    "elastic.chaos.evidence",
+    "elastic.chaos.judge",
+    "elastic.chaos.report",
+    "elastic.chaos.listen",
+    "elastic.chaos.node_init",
+    "elastic.chaos.processes",
+    "elastic.chaos.cgroups",
+    "elastic.chaos.nodes",
+    "elastic.chaos.ground",
+    "elastic.chaos.faults",
+    "elastic.chaos.conduct",
+    "elastic.chaos.command",
+    "elastic.chaos.fixture",
     "elastic.cli",
 ]
 PURE = [
@@ -162,6 +181,12 @@ PURE = [
     "elastic.actions",
     "elastic.leading",
     "elastic.agent",
+    "elastic.goodput",
+    "elastic.chaos.scenario",
+    "elastic.chaos.trace",
+    "elastic.chaos.evidence",
+    "elastic.chaos.judge",
+    "elastic.chaos.report",
 ]
 IMPURE = {"torch", "os", "time", "threading", "logging", "random", "socket", "secrets"}
 

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import msgspec
 
 from ckpt.errors import CkptError, Corrupt, SaveFailed
+from ckpt.events import point
 from ckpt.holder import discard
 from ckpt.keeper.coordinator import failure, world_of
 from ckpt.keeper.orders import (
@@ -369,6 +370,7 @@ class Node:
     async def _put(self, snapshot: Snapshot, part: Part) -> None:
         """Write the part; from here on this rank's share of the attempt stands in the store, and is not touched."""
         data, attempt, rank = encode_part(part), snapshot.attempt, snapshot.rank
+        await self._thread(lambda: point("part", step=snapshot.order.job.step, rank=rank))
         await self._thread(self._run.store.put, self._run.attempt_path(attempt, part_name(rank)), data)
         ref = PartRef(len(data), self._run.digest(data), part.data_bytes, part.content_digest())
         sources = tuple(sorted({chunk.source for chunk in part.chunks if chunk.file}))
@@ -409,6 +411,7 @@ class Node:
     def _seal(self, snapshot: Snapshot, part: Part) -> None:
         """Write down what is known of a copied snapshot; from here on it can be stored without its worker."""
         attempt, rank = snapshot.attempt, snapshot.rank
+        point("seal", step=snapshot.order.job.step, rank=rank)
         snapshot.part, snapshot.sealed = part, Sealed(attempt, rank, part.content_digest(), snapshot.replicas)
         if not snapshot.order.ring:
             self._ram.write(self._ram.beside(attempt, rank, "part"), encode_part(part))

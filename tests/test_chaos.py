@@ -1,0 +1,411 @@
+"""Every fault really happens and heals, on nodes of both kinds; and a real run survives some, judged by the oracles."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chaos_agent import PORT
+from chaos_ground import CAN, DEADLINE_S, ground_of, soon
+from click.testing import CliRunner
+
+import ckpt
+from ckpt.check import check_step
+from ckpt.run import RunDirectory
+from elastic.chaos import faults, processes
+from elastic.chaos.cgroups import Cgroup, GroundError
+from elastic.chaos.command import scenario_of, shipped
+from elastic.chaos.evidence import Life
+from elastic.chaos.ground import Ground
+from elastic.chaos.nodes import Boxed, Plain, inside
+from elastic.chaos.scenario import Scenario
+from elastic.cli import cli
+
+TESTS = Path(__file__).parent
+SCRIPT = str(TESTS / "chaos_script.py")
+
+boxed = pytest.mark.skipif("boxes" not in CAN, reason="needs root for namespaces")
+
+
+def on_both(test: Callable[[Ground], Awaitable[None]]) -> Callable[[Path, frozenset[str]], None]:
+    """Run a test on nodes in namespaces, and on nodes that are plain processes."""
+
+    @pytest.mark.parametrize(
+        "can", [pytest.param(CAN, id="namespaces", marks=boxed), pytest.param(frozenset(), id="processes")]
+    )
+    def run(tmp_path: Path, can: frozenset[str]) -> None:
+        async def act() -> None:
+            async with ground_of(tmp_path, can) as ground:
+                await test(ground)
+
+        asyncio.run(act())
+
+    return run
+
+
+def on_boxes(
+    nodes: int = 2, store_mb: int = 0
+) -> Callable[[Callable[[Ground], Awaitable[None]]], Callable[[Path], None]]:
+    def decorate(test: Callable[[Ground], Awaitable[None]]) -> Callable[[Path], None]:
+        @boxed
+        def run(tmp_path: Path) -> None:
+            async def act() -> None:
+                async with ground_of(tmp_path, CAN, nodes, store_mb) as ground:
+                    await test(ground)
+
+            asyncio.run(act())
+
+        return run
+
+    return decorate
+
+
+def reaches(ground: Ground, one: str, other: str) -> bool:
+    """Whether a datagram from one node comes to the other, and the answer back."""
+    assert ground.hub is not None
+    ask = (
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.3); "
+        f"s.sendto(b'x', ('{ground.hub.address(other)}', {PORT})); s.recv(9)"
+    )
+    node = ground.nodes[one]
+    assert isinstance(node, Boxed)
+    try:
+        inside(node.init, sys.executable, "-I", "-S", "-c", ask)
+    except GroundError:
+        return False
+    return True
+
+
+@on_both
+async def test_a_worker_is_killed(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    (worker,) = node.workers()
+    await faults.WorkerKill(ground, node).inject()
+    await soon(lambda: not processes.lives(worker))
+    assert node.runs
+    with pytest.raises(GroundError, match="no worker"):
+        await faults.WorkerKill(ground, node).inject()
+
+
+@on_both
+async def test_an_agent_is_killed(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    agent = node.agent()
+    assert agent is not None
+    await faults.AgentKill(ground, node).inject()
+    await soon(lambda: not processes.lives(agent) and not node.runs)
+    assert node.life.taken
+
+
+@on_both
+async def test_a_node_is_lost_with_its_memory_and_comes_back(ground: Ground) -> None:
+    node = ground.nodes["n2"]
+    (node.ram / "kept").touch()
+    before = node.processes()
+    assert len(before) >= 2
+    await (fault := faults.NodeLoss(ground, node)).inject()
+    assert not any(processes.lives(pid) for pid in before)
+    assert not node.runs
+    assert not node.ram.exists()
+    await fault.heal()
+    again = ground.nodes["n2"]
+    assert again is not node
+    await soon(again.workers)
+    assert not (again.ram / "kept").exists()
+
+
+@on_both
+async def test_two_nodes_are_lost_at_once(ground: Ground) -> None:
+    before = [pid for node in ground.nodes.values() for pid in node.processes()]
+    await faults.TwoNodes(ground, ground.nodes["n1"]).inject()
+    assert not any(processes.lives(pid) for pid in before)
+    assert all(node.life.taken for node in ground.nodes.values())
+
+
+@on_both
+async def test_a_node_is_announced_to_go_and_goes(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    before = node.processes()
+    await (fault := faults.Maintenance(ground, node, 0.2)).inject()
+    assert not node.runs
+    assert not any(processes.lives(pid) for pid in before)
+    await fault.heal()
+    await soon(ground.nodes["n1"].workers)
+
+
+@on_both
+async def test_a_host_stands_still_and_goes_on(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+
+    def steps() -> int:
+        return sum(mark.node == "n1" for mark in ground.listener.marks)
+
+    await (fault := faults.Freeze(ground, node)).inject()
+    if isinstance(node, Boxed):
+        assert node.cgroups["freezer"].is_frozen()
+    else:
+        await soon(lambda: {processes.state(pid) for pid in node.processes()} == {"T"})
+    await asyncio.sleep(0.1)
+    still = steps()
+    await asyncio.sleep(0.2)
+    assert steps() == still
+    await fault.heal()
+    await soon(lambda: steps() > still)
+
+
+@on_both
+async def test_a_worker_hangs(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    (worker,) = node.workers()
+    await faults.Hang(ground, node).inject()
+    await soon(lambda: processes.state(worker) == "T")
+    processes.kill([worker])
+
+
+@on_both
+async def test_a_worker_raises_once(ground: Ground) -> None:
+    (worker,) = ground.nodes["n1"].workers()
+    await faults.WorkerError(ground, ground.nodes["n1"]).inject()
+    await soon(lambda: not processes.lives(worker))
+    assert "Injected: a fault was injected at step" in ground.nodes["n1"].log.read_text()
+    assert ground.nodes["n2"].workers()
+
+
+@on_both
+async def test_a_program_fails_wherever_it_comes_to_a_step(ground: Ground) -> None:
+    at = ground.listener.last_step + 5
+    workers = [pid for node in ground.nodes.values() for pid in node.workers()]
+    await faults.SoftwareCrash(ground, ground.nodes["n1"], at).inject()
+    await soon(lambda: not any(processes.lives(pid) for pid in workers))
+    assert ground.listener.last_step == at
+
+
+@on_both
+async def test_a_node_is_added(ground: Ground) -> None:
+    await (fault := faults.NodeGain(ground, ground.nodes["n1"])).inject()
+    assert fault.nodes == ["n3"]
+    await soon(ground.nodes["n3"].workers)
+
+
+@on_both
+async def test_a_process_is_held_at_a_mark_until_it_is_released(ground: Ground) -> None:
+    hold = ground.listener.hold(lambda mark: mark.name == "step" and mark.node == "n1")
+    held = await hold.caught
+    await asyncio.sleep(0.2)
+    assert max(mark.step for mark in ground.listener.marks if mark.pid == held.pid) == held.step
+    hold.released.set()
+    await soon(lambda: max(mark.step for mark in ground.listener.marks if mark.pid == held.pid) > held.step)
+
+
+@on_boxes()
+async def test_a_link_is_cut_and_heals(ground: Ground) -> None:
+    assert reaches(ground, "n1", "n2")
+    await (fault := faults.LinkCut(ground, ground.nodes["n2"])).inject()
+    assert not reaches(ground, "n1", "n2")
+    await fault.heal()
+    await soon(lambda: reaches(ground, "n1", "n2"))
+
+
+@on_boxes()
+async def test_one_direction_of_a_link_is_lost(ground: Ground) -> None:
+    await (fault := faults.OneWayLoss(ground, ground.nodes["n2"])).inject()
+    assert not reaches(ground, "n2", "n1")
+    assert not reaches(ground, "n1", "n2"), "the answer is lost"
+    await fault.heal()
+    await soon(lambda: reaches(ground, "n2", "n1"))
+
+
+@on_boxes()
+async def test_a_link_flaps(ground: Ground) -> None:
+    flapping = asyncio.create_task(faults.Flap(ground, ground.nodes["n2"], 0.1).inject())
+    assert ground.hub is not None
+    hub = ground.hub
+    await soon(lambda: hub.is_cut("n2"))
+    await flapping
+    assert reaches(ground, "n1", "n2")
+
+
+@on_boxes()
+async def test_a_link_becomes_slow(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    assert isinstance(node, Boxed)
+    await (fault := faults.SlowLink(ground, node)).inject()
+    assert "tbf" in inside(node.init, "tc", "qdisc", "show", "dev", "eth0")
+    assert reaches(ground, "n1", "n2")
+    await fault.heal()
+    assert "tbf" not in inside(node.init, "tc", "qdisc", "show", "dev", "eth0")
+
+
+@on_boxes()
+async def test_a_node_becomes_slow(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    assert isinstance(node, Boxed)
+    await (fault := faults.Straggler(ground, node, 0.5)).inject()
+    assert node.cgroups["cpu"].cpu_limit() == 0.5
+    await fault.heal()
+    assert node.cgroups["cpu"].cpu_limit() is None
+
+
+@on_boxes()
+async def test_the_kernel_kills_a_worker_for_memory(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    (worker,) = node.workers()
+    await faults.OutOfMemory(ground, node).inject()
+    await soon(lambda: not processes.lives(worker))
+    assert node.runs, "the largest was killed, and nobody else"
+
+
+@on_boxes(nodes=1, store_mb=16)
+async def test_the_store_is_full_and_has_room_again(ground: Ground) -> None:
+    await (fault := faults.DiskFull(ground, ground.nodes["n1"])).inject()
+    with pytest.raises(OSError, match="No space left"):
+        (ground.store / "more").write_bytes(bytes(1 << 20))
+    await fault.heal()
+    (ground.store / "more").write_bytes(bytes(1 << 20))
+
+
+@on_boxes(nodes=1, store_mb=16)
+async def test_the_store_turns_read_only_and_back(ground: Ground) -> None:
+    node = ground.nodes["n1"]
+    assert isinstance(node, Boxed)
+    inside_node = Path(f"/proc/{node.init}/root{ground.run}")
+    await (fault := faults.ReadOnly(ground, node)).inject()
+    with pytest.raises(OSError, match="Read-only"):
+        (inside_node / "more").touch()
+    await fault.heal()
+    (inside_node / "more").touch()
+    assert (ground.store / "more").exists()
+
+
+def test_a_bit_of_the_newest_step_flips(tmp_path: Path) -> None:
+    ground = Ground(Scenario("faults", "faults themselves", ()), tmp_path, [], frozenset(), 0, time.monotonic())
+    node = Plain("n1", ground.place, Life("n1", 0.0), lambda: None)
+    with ckpt.Checkpointer(ground.run) as checkpointer:
+        checkpointer.save(5, {"w": torch.arange(9.0)}, blocking=True)
+    run = RunDirectory.open(ground.run)
+    head = run.log.read().head
+    assert head is not None
+    assert check_step(run, head).ok
+    asyncio.run(faults.BitRot(ground, node).inject())
+    assert not check_step(run, head).ok
+    asyncio.run(ground.close())
+
+
+@boxed
+def test_a_node_has_its_own_name_memory_and_addresses(tmp_path: Path) -> None:
+    async def act() -> None:
+        async with ground_of(tmp_path, CAN) as ground:
+            one, other = (ground.nodes[name] for name in ("n1", "n2"))
+            assert isinstance(one, Boxed)
+            assert isinstance(other, Boxed)
+            (one.ram / "mine").touch()
+            assert not (other.ram / "mine").exists()
+            assert not Path("/dev/shm/mine").exists()
+            looks = ["nsenter", "-t", str(one.init), "-a", "sh", "-c"]
+            said = subprocess.run(
+                [*looks, "hostname; cat /proc/sys/kernel/random/boot_id; cat /etc/hosts; ls /tmp"],
+                capture_output=True, text=True, check=True, timeout=10,
+            ).stdout  # fmt: skip
+            assert said.startswith("n1\n")
+            assert Path("/proc/sys/kernel/random/boot_id").read_text() not in said
+            assert "10.231.77.2 n2" in said
+            assert socket.gethostname() != "n1"
+
+    asyncio.run(act())
+
+
+@boxed
+def test_nothing_outlives_a_chaos_run_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL for the conductor: nodes, hub and disk end with it."""
+    code = f"""
+import asyncio, sys, time
+sys.path[:0] = [{str(TESTS)!r}]
+from pathlib import Path
+from chaos_ground import CAN, ground_of
+
+async def main():
+    async with ground_of(Path({str(tmp_path)!r}), CAN, 1, 16) as ground:
+        print(ground.listener.path, ground.identity, flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    path, identity = child.stdout.readline().split()
+    assert processes.marked("HOLDFAST_EVENTS", path)
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + DEADLINE_S
+    while processes.marked("HOLDFAST_EVENTS", path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    for left in Path("/sys/fs/cgroup").glob(f"*/holdfast-chaos-{identity}-*"):
+        Cgroup(left, 1).remove()  # the one thing that the kernel keeps
+    subprocess.run(["rm", "-rf", str(Path(path).parent)], check=True)
+
+
+# Real runs
+
+
+Chaos = Callable[..., dict[str, Any]]
+
+
+def patient(name: str, limit_s: float = 1800) -> Scenario:
+    """A shipped scenario, with a machine that others use in mind: no time decides."""
+    scenario = shipped()[name]
+    return replace(scenario, limit_s=limit_s, promise=replace(scenario.promise, recovery_s=limit_s))
+
+
+def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
+    report = chaos(patient("worker-then-node", 270), [SCRIPT, "16"])
+    assert {one["verdict"] for one in report["oracles"]} == {"green"}
+    assert report["figures"]["generations"] >= 3
+    assert report["ground"] == ("namespaces" if "boxes" in CAN else "processes")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
+    chaos(patient(name), [SCRIPT, "800" if name == "node-gain" else "40"])  # an agent takes seconds to come
+
+
+@pytest.mark.prove
+def test_a_run_survives_on_plain_processes(chaos: Chaos) -> None:
+    assert chaos(patient("worker-then-node"), [SCRIPT, "16"], processes=True)["ground"] == "processes"
+
+
+@pytest.mark.prove
+def test_losses_are_those_of_the_undisturbed_run(chaos: Chaos) -> None:
+    report = chaos(patient("node-loss"), [SCRIPT, "40"], reference=True)
+    assert "40 steps compared" in report["oracles"][7]["evidence"]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HOLDFAST_CHAOS_SEEDS", "3"))))
+def test_faults_drawn_by_their_frequencies_are_survived(chaos: Chaos, seed: int) -> None:
+    print(f"seed {seed}")
+    drawn = scenario_of("random", seed, 1.0, CAN)
+    patience = replace(drawn, limit_s=1800, promise=replace(drawn.promise, recovery_s=1800))
+    chaos(patience, [SCRIPT, "1500", "10"], seed=seed)
+
+
+def test_the_list_says_what_each_fault_needs() -> None:
+    said = CliRunner().invoke(cli, ["chaos", "--list", "--json"])
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.output)
+    assert {one["kind"] for one in found["faults"]} == faults.FAULTS.keys()
+    assert all(one["promise"] for one in found["faults"])
+    assert CliRunner().invoke(cli, ["chaos", "nothing-such", "--", SCRIPT]).exit_code != 0

@@ -35,6 +35,7 @@ ORDER = [
     "ckpt.stores.objects",
     "ckpt.stores.s3",
     "ckpt.stores.anyfs",
+    "ckpt.stores.azure",
     "ckpt.stores",
     "ckpt.datafile",
     "ckpt.run",

@@ -4,7 +4,8 @@ posix    a directory: local disk, tmpfs, NFS, Lustre
 objects  a prefix of a bucket, on top of
     bucket   plain requests, tried again where that is safe
     s3       S3 and what speaks like it
-    anyfs    GCS, Azure, and any other fsspec file system
+    anyfs    GCS, and any other fsspec file system
+    azure    Azure's blobs, on top of that
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ def _open_bucket(url: str, protocol: str, name: str, prefix: str) -> Store:
             from ckpt.stores.s3 import S3Bucket
 
             bucket = S3Bucket(name)
+        elif EXTRAS.get(protocol) == "azure":
+            from ckpt.stores.azure import AzureBucket
+
+            bucket = AzureBucket(protocol, name)
         else:
             from ckpt.stores.anyfs import FsspecBucket
 

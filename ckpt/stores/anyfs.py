@@ -1,4 +1,4 @@
-"""Any other fsspec file system of objects: GCS (gcsfs), Azure (adlfs), and whatever else has a URL there.
+"""Any fsspec file system of objects: GCS (gcsfs), and whatever else has a URL there; `azure` builds on it.
 
 What each of them does beyond fsspec's interface differs, so little is used of it: whole objects are put at once, large
 ones are written in the order of the file as fsspec does it. Whether `create` is exclusive is probed like everywhere:

@@ -94,7 +94,8 @@ class Cluster:
         self, folder: Path, worker: Path = ROOT / "tests" / "elastic_worker.py", endpoint: str | None = None
     ) -> None:
         self.worker, self.endpoint = worker, endpoint
-        self.folder, self.run, self.events = folder, folder / "run", folder / "events"
+        self.folder, self.events = folder, folder / "events"
+        self.run: Path | str = folder / "run"  # or a bucket
         self.events.mkdir()
         self.ram = Path(os.environ["CKPT_RAM_DIR"]) / f"nodes-{uuid.uuid4().hex[:8]}"
         self.ram.mkdir()

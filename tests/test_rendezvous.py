@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
+import pytest
+import servers
 from agents import Cluster
 from elastic_worker import GLOBAL_BATCH, SAMPLES
 from netns import network
+from test_objects import bucket
 
 from ckpt.records import Start
 from ckpt.run import RunDirectory
@@ -178,3 +183,19 @@ def test_the_leaders_link_dies_and_comes_back(tmp_path: Path) -> None:
 
 def starts(cluster: Cluster) -> tuple[Start, ...]:
     return RunDirectory.open(cluster.run).log.read().starts
+
+
+@pytest.mark.prove
+def test_a_bucket_is_all_that_the_nodes_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with servers.moto() as endpoint, Cluster(tmp_path) as cluster:
+        cluster.run = f"{bucket(monkeypatch, endpoint)}/run"
+        for name in "abc":
+            cluster.add(name, "1:3")
+        first = cluster.trains({"a", "b", "c"})
+        leader = cluster.leader()
+        cluster.agents[leader].lose_node(cluster.pid_of_worker(leader, first))
+        left = {"a", "b", "c"} - {leader}
+        second = cluster.trains(left, after=first)
+        os.kill(cluster.pid_of_worker(min(left), second), signal.SIGKILL)
+        cluster.trains(left, after=second)
+        check_end(cluster, *left)

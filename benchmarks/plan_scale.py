@@ -32,6 +32,7 @@ from save_load_report import markdown
 from ckpt import layout as layout_module
 from ckpt import manifest as manifest_module
 from ckpt import sharding as sharding_module
+from ckpt import symbolic as symbolic_module
 from ckpt.layout import OWNERSHIP, World, cover_faults
 from ckpt.manifest import (
     BLOCK_BYTES,
@@ -40,15 +41,14 @@ from ckpt.manifest import (
     Manifest,
     Part,
     PartRef,
-    decode_layout,
     decode_manifest,
     decode_part,
-    encode_layout,
     encode_manifest,
     encode_part,
 )
 from ckpt.plan import Target, needed_parts, plan_load, plan_save
 from ckpt.sharding import pieces_of
+from ckpt.symbolic import decode_layout, encode_layout
 
 ATTEMPT = "000001000.benchmark"
 ROUNDS = 3  # the median counts
@@ -96,7 +96,7 @@ def forget() -> None:
     What exists already is hidden from the garbage collector: to walk over torch's objects takes up to 0.15 s, now
     and then, whatever is planned.
     """
-    for module in (sharding_module, layout_module, manifest_module):
+    for module in (sharding_module, layout_module, manifest_module, symbolic_module):
         for value in vars(module).values():
             if clear := getattr(value, "cache_clear", None):
                 clear()

@@ -16,8 +16,9 @@ from ckpt.agreement import digest8, disagreements, together
 from ckpt.errors import Incompatible
 from ckpt.keeper.orders import Replicas
 from ckpt.layout import World, cover_faults, replicas
-from ckpt.manifest import decode_layout, digest
+from ckpt.manifest import digest
 from ckpt.ranks import Ranks
+from ckpt.symbolic import decode_layout
 
 log = logging.getLogger("ckpt")
 

@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Annotated, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import xxhash
 
 from ckpt.errors import Corrupt, Incompatible
-from ckpt.layout import Entry, Layout, Role, World, cover_faults
-from ckpt.sharding import ITEMSIZE, Declared, Mesh, OnMesh, Placement, Replicate, Sharding, Split, TensorSpec, Whole
+from ckpt.layout import World, cover_faults
+from ckpt.sharding import ITEMSIZE
 from ckpt.slices import Slice
+from ckpt.symbolic import MAX_BYTES, MAX_WORLD, WireWorld, encode_layout, spec_of, world_from_wire, world_to_wire
 
 MANIFEST_MAGIC = b"HFmanif\x01"
 PART_MAGIC = b"HFpart_\x01"
@@ -39,10 +40,6 @@ SOURCES_LIMIT = 16
 """Earlier attempts whose data files the chunks of one may lie in."""
 DIGEST_BYTES = 16
 STRONG_DIGEST_BYTES = 32
-MAX_DIMS = 64
-MAX_WORLD = 1 << 22
-MAX_SPLIT_FACTOR = 256  # also of all placements of a sharding together: so many runs a rank may hold
-_MAX_BYTES = 1 << 62
 _ATTEMPT = re.compile(r"[0-9]{9,19}\.[a-z0-9_-][a-z0-9._-]{0,200}")
 _DATA_NAME = re.compile(r"r[0-9]{5,7}\.(safetensors|packed)")
 
@@ -174,48 +171,12 @@ class Manifest(msgspec.Struct, frozen=True):
     sources: tuple[str, ...] = ()
 
 
-class _Mesh(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-
-class _Sharding(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """{} is whole; mesh and placements a DTensor; offset and shape a declared box."""
-
-    mesh: int | None = None
-    placements: tuple[str, ...] | None = None
-    offset: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = None
-
-
-class _Tensor(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    sharding: int
-    role: Role
-
-
-class _Layout(msgspec.Struct, forbid_unknown_fields=True):
-    tensors: tuple[_Tensor, ...]
-    aliases: tuple[tuple[str, str], ...]
-    values: tuple[str, ...]
-    rank_values: tuple[str, ...]
-
-
-class _World(msgspec.Struct, forbid_unknown_fields=True):
-    meshes: tuple[_Mesh, ...]
-    shardings: Annotated[tuple[_Sharding, ...], msgspec.Meta(max_length=MAX_WORLD)]
-    layouts: tuple[_Layout, ...]
-    layout_of: tuple[int, ...]
-
-
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     step: int
     generation: int
     attempt: str
     parent: str | None
-    world: _World
+    world: WireWorld
     ownership: str
     parts: tuple[PartRef, ...]
     content_digest: bytes
@@ -231,14 +192,14 @@ def content_digest_of(world: World, parts: Iterable[bytes]) -> bytes:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     fields = {name: getattr(manifest, name) for name in Manifest.__struct_fields__}
-    wire = _Manifest(**{**fields, "world": _world_to_wire(manifest.world)})
+    wire = _Manifest(**{**fields, "world": world_to_wire(manifest.world)})
     return _frame(MANIFEST_MAGIC, msgspec.msgpack.encode(wire), MANIFEST_LIMIT_BYTES)
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in `data`. `Corrupt`, naming `where`, if anything in it is not as it must be."""
     wire = _unframe(MANIFEST_MAGIC, data, MANIFEST_LIMIT_BYTES, _Manifest, where)
-    world = _valid(where, lambda: _world_from_wire(wire.world))
+    world = _valid(where, lambda: world_from_wire(wire.world))
     if faults := cover_faults(world):
         raise Corrupt(f"{where}: its tensors are not covered exactly once: {'; '.join(faults[:3])}"[:1000])
     if len(wire.parts) != world.size:
@@ -259,7 +220,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
             raise Corrupt(f"{where}: a content digest has {len(found)} bytes")
     for ref in wire.parts:
         _require_bytes(where, "part", ref.part_bytes, PART_LIMIT_BYTES)
-        _require_bytes(where, "data file", ref.data_bytes, _MAX_BYTES)
+        _require_bytes(where, "data file", ref.data_bytes, MAX_BYTES)
         if len(ref.part_digest) not in (DIGEST_BYTES, STRONG_DIGEST_BYTES):
             raise Corrupt(f"{where}: the digest of a part has {len(ref.part_digest)} bytes")
     fields = {name: getattr(wire, name) for name in _Manifest.__struct_fields__}
@@ -275,7 +236,7 @@ def decode_part(data: bytes, where: str) -> Part:
     part = _unframe(PART_MAGIC, data, PART_LIMIT_BYTES, Part, where)
     if not 0 <= part.rank < MAX_WORLD or not _ATTEMPT.fullmatch(part.attempt):
         raise Corrupt(f"{where}: rank {part.rank} or attempt {part.attempt[:80]!r} is out of range")
-    _require_bytes(where, "data file", part.data_bytes, _MAX_BYTES)
+    _require_bytes(where, "data file", part.data_bytes, MAX_BYTES)
     _valid(where, lambda: _check_chunks(part, where))
     return part
 
@@ -293,24 +254,6 @@ def check_part(part: Part, manifest: Manifest, rank: int, where: str) -> None:
             raise Corrupt(f"{where}: chunk of {chunk.key} as {chunk.dtype} {chunk.shape}, its MANIFEST says {spec}")
         if not chunk.box.within(Slice((0,) * len(spec.shape), spec.shape)):
             raise Corrupt(f"{where}: chunk of {chunk.key} at {chunk.offset} + {chunk.shape} is outside {spec.shape}")
-
-
-def encode_layout(layout: Layout) -> bytes:
-    """One rank's layout as it travels to the other ranks; equal layouts give equal bytes."""
-    return msgspec.msgpack.encode(_world_to_wire(World((layout,), (0,))))
-
-
-def decode_layout(data: bytes) -> Layout:
-    return _world_from_wire(msgspec.msgpack.decode(data, type=_World), check_ranks=False).layouts[0]
-
-
-def encode_world(world: World) -> bytes:
-    """All layouts of a world and who has which, as they travel to a keeper."""
-    return msgspec.msgpack.encode(_world_to_wire(world))
-
-
-def decode_world(data: bytes) -> World:
-    return _world_from_wire(msgspec.msgpack.decode(data, type=_World))
 
 
 # Frames
@@ -374,11 +317,11 @@ def _check_chunks(part: Part, where: str) -> None:
 
 
 def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
-    spec = _spec(chunk.dtype, chunk.shape)
+    spec = spec_of(chunk.dtype, chunk.shape)
     if not spec.nbytes:
         raise ValueError(f"chunk of {chunk.key}: shape {chunk.shape} holds nothing")
     _ = chunk.box
-    if any(o > _MAX_BYTES for o in chunk.offset):
+    if any(o > MAX_BYTES for o in chunk.offset):
         raise ValueError(f"chunk of {chunk.key}: offset {chunk.offset} is out of range")
     attempt, _, name = chunk.file.partition("/")
     if chunk.file and not (_ATTEMPT.fullmatch(attempt) and _DATA_NAME.fullmatch(name)):
@@ -388,7 +331,7 @@ def _check_chunk(chunk: Chunk, data_bytes: int) -> None:
         _check_frames(chunk, spec.nbytes, blocks)
     elif chunk.stored_bytes != spec.nbytes or chunk.frames:
         raise ValueError(f"chunk of {chunk.key}: {chunk.stored_bytes} stored bytes, its shape needs {spec.nbytes}")
-    if chunk.at < 0 or chunk.at + chunk.stored_bytes > (_MAX_BYTES if chunk.file else data_bytes):
+    if chunk.at < 0 or chunk.at + chunk.stored_bytes > (MAX_BYTES if chunk.file else data_bytes):
         raise ValueError(f"chunk of {chunk.key}: bytes {chunk.at}+{chunk.stored_bytes} reach outside the data file")
     if len(chunk.digests) not in (blocks * DIGEST_BYTES, blocks * STRONG_DIGEST_BYTES):
         raise ValueError(f"chunk of {chunk.key}: {len(chunk.digests)} bytes of digests for {spec.nbytes} bytes")
@@ -409,142 +352,3 @@ def _check_frames(chunk: Chunk, nbytes: int, blocks: int) -> None:
 def _ends(frames: bytes) -> list[int]:
     """Where each packed block begins, and where the last one ends."""
     return [0, *accumulate(array("I", frames))]
-
-
-# The world
-
-
-def placement_code(placement: Placement) -> str:
-    """R, S<dim>, or S<dim>/<split factor>. `Incompatible` if it is beyond the format."""
-    match placement:
-        case Replicate():
-            return "R"
-        case Split(dim, 1):
-            return f"S{dim}"
-        case Split(dim, factor):
-            if factor > MAX_SPLIT_FACTOR:
-                raise Incompatible(f"a strided shard of factor {factor}; the format's limit is {MAX_SPLIT_FACTOR}")
-            return f"S{dim}/{factor}"
-
-
-def _placement(code: str, dims: int) -> Placement:
-    if code == "R":
-        return Replicate()
-    dim, _, factor = code[1:].partition("/")
-    if len(code) > 32 or code[:1] != "S" or not dim.isdecimal() or (factor and not factor.isdecimal()):
-        raise ValueError(f"unknown placement {code[:32]!r}")
-    split = Split(int(dim), int(factor or 1))
-    if split.dim >= dims or not 1 <= split.split_factor <= MAX_SPLIT_FACTOR or placement_code(split) != code:
-        raise ValueError(f"placement {code!r} does not fit a tensor of {dims} dimensions")
-    return split
-
-
-def _world_to_wire(world: World) -> _World:
-    meshes: dict[Mesh, int] = {}
-    shardings: dict[Sharding, int] = {}
-    for layout in world.layouts:
-        for entry in layout.entries:
-            if isinstance(entry.sharding, OnMesh):
-                meshes.setdefault(entry.sharding.mesh, len(meshes))
-            shardings.setdefault(entry.sharding, len(shardings))
-    return _World(
-        meshes=tuple(_Mesh(mesh.shape, mesh.ranks) for mesh in meshes),
-        shardings=tuple(_sharding_to_wire(sharding, meshes) for sharding in shardings),
-        layouts=tuple(_layout_to_wire(layout, shardings) for layout in world.layouts),
-        layout_of=world.layout_of,
-    )
-
-
-def _sharding_to_wire(sharding: Sharding, meshes: dict[Mesh, int]) -> _Sharding:
-    match sharding:
-        case Whole():
-            return _Sharding()
-        case Declared(box):
-            return _Sharding(offset=box.offset, shape=box.shape)
-        case OnMesh(mesh, placements):
-            return _Sharding(mesh=meshes[mesh], placements=tuple(map(placement_code, placements)))
-
-
-def _layout_to_wire(layout: Layout, shardings: dict[Sharding, int]) -> _Layout:
-    tensors = tuple(
-        _Tensor(entry.key, entry.spec.dtype, entry.spec.shape, shardings[entry.sharding], entry.role)
-        for entry in layout.entries
-    )
-    return _Layout(tensors, layout.aliases, layout.values, layout.rank_values)
-
-
-def _world_from_wire(wire: _World, *, check_ranks: bool = True) -> World:
-    size = len(wire.layout_of)
-    if not 0 < size <= MAX_WORLD or any(not 0 <= i < len(wire.layouts) for i in wire.layout_of):
-        raise ValueError(f"a world of {size} ranks with {len(wire.layouts)} layouts")
-    if len(set(wire.layout_of)) != len(wire.layouts):
-        raise ValueError("a layout belongs to no rank")
-    if any(len(mesh.shape) > MAX_DIMS for mesh in wire.meshes):
-        raise ValueError(f"a mesh has more than {MAX_DIMS} dimensions")
-    meshes = [_shared_mesh(Mesh(mesh.shape, mesh.ranks)) for mesh in wire.meshes]
-    for mesh in meshes:
-        if check_ranks and (min(mesh.ranks, default=-1) < 0 or max(mesh.ranks) >= size):
-            raise ValueError(f"a mesh names ranks outside a world of {size}")
-    return World(tuple(_layout_from_wire(wire, layout, meshes) for layout in wire.layouts), wire.layout_of)
-
-
-@lru_cache(maxsize=256)
-def _shared_mesh(mesh: Mesh) -> Mesh:
-    """One object for equal meshes: to compare two of 100,000 ranks for every tensor takes long."""
-    return mesh
-
-
-def _layout_from_wire(wire: _World, layout: _Layout, meshes: list[Mesh]) -> Layout:
-    made: dict[tuple[int, int], Sharding] = {}
-    entries: list[Entry] = []
-    for tensor in layout.tensors:
-        spec = _spec(tensor.dtype, tensor.shape)
-        which = (tensor.sharding, len(spec.shape))
-        if which not in made:
-            if tensor.sharding < 0:
-                raise ValueError(f"{tensor.key}: sharding {tensor.sharding}")
-            made[which] = _sharding(wire.shardings[tensor.sharding], meshes, len(spec.shape))
-        sharding = made[which]
-        if isinstance(sharding, Declared) and (
-            len(sharding.box.shape) != len(spec.shape)
-            or not sharding.box.within(Slice((0,) * len(spec.shape), spec.shape))
-        ):
-            raise ValueError(f"{tensor.key}: declared {sharding.box} reaches outside {spec.shape}")
-        entries.append(Entry(tensor.key, spec, sharding, tensor.role))
-    keys = [entry.key for entry in entries]
-    if keys != sorted(set(keys)):
-        raise ValueError("tensor keys are not distinct and ascending")
-    known = set(keys)
-    if any(key not in known or alias in known for alias, key in layout.aliases):
-        raise ValueError("a tie names a tensor that is not there")
-    for names in ([alias for alias, _ in layout.aliases], layout.values, layout.rank_values):
-        if len(set(names)) != len(names):
-            raise ValueError("two ties or two values have one name")
-    return Layout(tuple(entries), layout.aliases, layout.values, layout.rank_values)
-
-
-def _sharding(wire: _Sharding, meshes: list[Mesh], dims: int) -> Sharding:
-    match wire:
-        case _Sharding(mesh=None, placements=None, offset=None, shape=None):
-            return Whole()
-        case _Sharding(mesh=None, placements=None, offset=tuple(offset), shape=tuple(shape)):
-            return Declared(Slice(offset, shape))
-        case _Sharding(mesh=int(index), placements=tuple(codes), offset=None, shape=None):
-            if not 0 <= index < len(meshes) or len(meshes[index].shape) != len(codes):
-                raise ValueError(f"{len(codes)} placements on mesh {index}")
-            placements = tuple(_placement(code, dims) for code in codes)
-            runs = prod(placement.split_factor for placement in placements if isinstance(placement, Split))
-            if runs > MAX_SPLIT_FACTOR:
-                raise ValueError(f"a sharding of {runs} runs; the limit is {MAX_SPLIT_FACTOR}")
-            return OnMesh(meshes[index], placements)
-    raise ValueError("a sharding is whole, on a mesh, or declared; not a mixture")
-
-
-def _spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    if len(shape) > MAX_DIMS:
-        raise ValueError(f"a shape of {len(shape)} dimensions; the limit is {MAX_DIMS}")
-    if any(not 0 <= n <= _MAX_BYTES for n in shape) or prod(shape) > _MAX_BYTES // 16:
-        raise ValueError(f"shape {shape} is out of range")
-    return TensorSpec(dtype, shape)

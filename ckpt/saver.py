@@ -46,7 +46,7 @@ from ckpt.keeper.ram import (
     snapshots_that_fit,
 )
 from ckpt.layout import OWNERSHIP, World
-from ckpt.manifest import digest, encode_layout, encode_world
+from ckpt.manifest import digest
 from ckpt.plan import RUN_BYTES, SavePlan, plan_save
 from ckpt.process import no_collection
 from ckpt.ranks import Ranks
@@ -55,6 +55,7 @@ from ckpt.retention import Keep
 from ckpt.run import RunDirectory
 from ckpt.stage import RING_PLACES, Arena, CopyPlan, Ring, Stage, plan_copy
 from ckpt.store import by_requests
+from ckpt.symbolic import encode_layout, encode_world
 
 log = logging.getLogger("ckpt")
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from made_worlds import ddp, fsdp, gpt2_specs, layout_of, specs_drawn, world_of, worlds
 
 from ckpt.layout import Entry, Layout, Owned, World, cover_faults, held, owned_by, replicas, writers
-from ckpt.manifest import decode_layout, encode_layout
 from ckpt.sharding import (
     ITEMSIZE,
     Declared,
@@ -27,6 +26,7 @@ from ckpt.sharding import (
     pieces_of,
 )
 from ckpt.slices import Slice, cover_fault, whole
+from ckpt.symbolic import decode_layout, encode_layout
 
 F32 = "float32"
 

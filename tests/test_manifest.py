@@ -39,6 +39,7 @@ from ckpt.manifest import (
     part_name,
 )
 from ckpt.sharding import OnMesh, Split
+from ckpt.symbolic import MAX_SPLIT_FACTOR, placement_code
 
 ATTEMPT = "000000012.abc"
 WHERE = "steps/x/MANIFEST"
@@ -153,7 +154,7 @@ def test_metadata_over_the_limit_is_refused_at_save(monkeypatch: pytest.MonkeyPa
 
 def test_a_factor_over_the_limit_is_refused_at_save() -> None:
     with pytest.raises(Incompatible, match="strided shard of factor"):
-        module.placement_code(Split(0, module.MAX_SPLIT_FACTOR + 1))
+        placement_code(Split(0, MAX_SPLIT_FACTOR + 1))
 
 
 # The gallery: frames and digests are right, what they hold is not.
@@ -458,7 +459,7 @@ def test_random_damage_behind_a_right_digest_is_refused_or_harmless(kind: str) -
 
 
 def test_a_strided_shard_of_a_huge_tensor_is_decoded_without_a_look_at_its_pieces() -> None:
-    tree = changed(manifest_tree(), PLACEMENT, f"S0/{module.MAX_SPLIT_FACTOR}")
+    tree = changed(manifest_tree(), PLACEMENT, f"S0/{MAX_SPLIT_FACTOR}")
     for rank in range(2):
         tree["world"]["layouts"][rank]["tensors"][0][2] = [1 << 50, 3]
     began = monotonic()
@@ -466,7 +467,7 @@ def test_a_strided_shard_of_a_huge_tensor_is_decoded_without_a_look_at_its_piece
     assert monotonic() - began < 1
     sharding = world.layouts[0].entries[0].sharding
     assert isinstance(sharding, OnMesh)
-    assert sharding.placements == (Split(0, module.MAX_SPLIT_FACTOR),)
+    assert sharding.placements == (Split(0, MAX_SPLIT_FACTOR),)
 
 
 # A part against its manifest

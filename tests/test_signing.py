@@ -27,10 +27,11 @@ from ckpt.holder import Holder
 from ckpt.keeper.coordinator import Attempt, commit
 from ckpt.keeper.orders import Job, Stored, Summary
 from ckpt.layout import Layout, World
-from ckpt.manifest import PartRef, decode_manifest, decode_part, digest, encode_world
+from ckpt.manifest import PartRef, decode_manifest, decode_part, digest
 from ckpt.records import Pin, Record, Retire, Start, decode_record, encode_record, slot_name
 from ckpt.run import RunDirectory
 from ckpt.signing import KEY_VARIABLE, Chain, signing_key
+from ckpt.symbolic import encode_world
 
 ROOT = Path(__file__).parent.parent
 KEY, OTHER = "5e" * 32, "0f" * 32

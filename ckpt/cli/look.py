@@ -29,11 +29,12 @@ from ckpt.console import (
 from ckpt.errors import CkptError, Corrupt, Incompatible, NotFound
 from ckpt.layout import World
 from ckpt.log import View
-from ckpt.manifest import Part, placement_code
+from ckpt.manifest import Part
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 from ckpt.sharding import Declared, OnMesh, Sharding
+from ckpt.symbolic import placement_code
 
 
 @click.command("ls")

@@ -18,11 +18,12 @@ from ckpt.holder import commit_parts
 from ckpt.keeper.orders import Broken, Complete, Job, Ordered, Outcome, Persist, Sealed, Stored, Summary
 from ckpt.layout import World
 from ckpt.log import View
-from ckpt.manifest import SOURCES_LIMIT, Manifest, content_digest_of, decode_world
+from ckpt.manifest import SOURCES_LIMIT, Manifest, content_digest_of
 from ckpt.records import Commit
 from ckpt.retention import kept_for_itself
 from ckpt.run import RunDirectory
 from ckpt.signing import KEY_VARIABLE
+from ckpt.symbolic import decode_world
 
 GRACE_S = 10.0  # for the keepers of other nodes to come back, once a new start waits
 LOST_S = 1.0  # the same, where it is known that a node is lost: for what is under way

@@ -54,9 +54,16 @@ def installed(*path: str) -> Path:
 
 @contextmanager
 def moto() -> Iterator[str]:
+    with moto_process() as (endpoint, _):
+        yield endpoint
+
+
+@contextmanager
+def moto_process() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The endpoint, and the process that may be frozen."""
     program, port = installed("python", "bin", "moto_server"), free_port()
-    with running([str(program), "-H", "127.0.0.1", "-p", str(port)], port):
-        yield f"http://127.0.0.1:{port}"
+    with running([str(program), "-H", "127.0.0.1", "-p", str(port)], port) as process:
+        yield f"http://127.0.0.1:{port}", process
 
 
 @contextmanager
@@ -253,7 +260,7 @@ use = egg:swift#slo
 @contextmanager
 def running(
     command: Sequence[str], port: int = 0, environment: dict[str, str] | None = None, cwd: str | None = None
-) -> Iterator[None]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process for as long as the context lasts; where it has a `port`, entered once that takes connections."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=cwd)
@@ -265,7 +272,7 @@ def running(
                     output.seek(0)
                     raise RuntimeError(f"{command[0]} does not answer: {output.read()[-2000:].decode()}")
                 time.sleep(0.02)
-            yield
+            yield process
         finally:
             process.kill()
             process.wait()

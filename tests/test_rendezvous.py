@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import servers
-from agents import Cluster
+from agents import ROOT, Cluster
 from elastic_worker import GLOBAL_BATCH, SAMPLES
 from netns import network
 from test_objects import bucket
@@ -187,11 +188,19 @@ def starts(cluster: Cluster) -> tuple[Start, ...]:
 
 @pytest.mark.prove
 def test_a_bucket_is_all_that_the_nodes_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with servers.moto() as endpoint, Cluster(tmp_path) as cluster:
+    """Their clocks are hours apart; the bucket is away for 20 s; a lost leader, a killed worker."""
+    with servers.moto_process() as (endpoint, server), Cluster(tmp_path) as cluster:
         cluster.run = f"{bucket(monkeypatch, endpoint)}/run"
-        for name in "abc":
-            cluster.add(name, "1:3")
+        for name, off_s in (("a", 5 * 3600), ("b", -7 * 3600), ("c", -3 * 3600)):
+            path = f"{Path(__file__).parent / 'clock_site'}:{ROOT}:{ROOT / 'tests'}"
+            cluster.add(name, "1:3", PYTHONPATH=path, TEST_CLOCK_OFF_S=str(off_s))
         first = cluster.trains({"a", "b", "c"})
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        at = cluster.last_step(first)
+        server.send_signal(signal.SIGCONT)
+        cluster.until("the training goes on", lambda: cluster.last_step(first) > at + 3)
+        assert cluster.generation() == first, "a store that is away ends no generation"
         leader = cluster.leader()
         cluster.agents[leader].lose_node(cluster.pid_of_worker(leader, first))
         left = {"a", "b", "c"} - {leader}
@@ -199,3 +208,5 @@ def test_a_bucket_is_all_that_the_nodes_share(tmp_path: Path, monkeypatch: pytes
         os.kill(cluster.pid_of_worker(min(left), second), signal.SIGKILL)
         cluster.trains(left, after=second)
         check_end(cluster, *left)
+        starts = RunDirectory.open(cluster.run).log.read().starts
+        assert all(abs(start.unix_s - time.time()) > 3600 for start in starts), "their clocks were right"

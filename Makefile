@@ -52,6 +52,8 @@ bench: $(PEERS) servers
 	$(BIN)/python benchmarks/plan_scale.py
 	$(BIN)/python benchmarks/object_store.py
 	$(BIN)/python benchmarks/lora.py
+	$(BIN)/python benchmarks/step_call.py
+	$(BIN)/python benchmarks/recovery.py
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[bench]'

@@ -55,7 +55,7 @@ class RecordConformance:
         assert open_again().read("log/0000000000.json", limit_bytes=ALL) == b"first"
         assert store.list("log") == ["0000000000.json"]
 
-    @pytest.mark.parametrize("workers", ["processes", "threads"])
+    @pytest.mark.parametrize("workers", [pytest.param("processes", marks=pytest.mark.prove), "threads"])
     def test_one_of_32_racing_creators_wins(self, open_again: Callable[[], Store], workers: str) -> None:
         if not self.racing:
             pytest.skip("this store does not promise exclusive creates")

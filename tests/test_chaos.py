@@ -370,7 +370,7 @@ def patient(name: str, limit_s: float = 1800) -> Scenario:
 
 
 def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
-    report = chaos(patient("worker-then-node", 270), [SCRIPT, "16"])
+    report = chaos(patient("worker-then-node", 270), [SCRIPT, "60"])
     assert {one["verdict"] for one in report["oracles"]} == {"green"}
     assert report["figures"]["generations"] >= 3
     assert report["ground"] == ("namespaces" if "boxes" in CAN else "processes")
@@ -384,7 +384,7 @@ def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
 
 @pytest.mark.prove
 def test_a_run_survives_on_plain_processes(chaos: Chaos) -> None:
-    assert chaos(patient("worker-then-node"), [SCRIPT, "16"], processes=True)["ground"] == "processes"
+    assert chaos(patient("worker-then-node"), [SCRIPT, "60"], processes=True)["ground"] == "processes"
 
 
 @pytest.mark.prove

@@ -28,7 +28,7 @@ import ckpt
 from ckpt.errors import NotFound
 from ckpt.run import RunDirectory
 
-IMAGES = 100  # of each scenario in the normal suite
+IMAGES = 60  # of each scenario in the normal suite
 ALL_IMAGES = int(os.environ.get("HOLDFAST_CRASH_IMAGES", "12000"))  # of all scenarios together, when asked for
 RESTORED_EVERY = 60  # images that a job restores, too, and goes on from
 

@@ -40,6 +40,7 @@ def _train(ranks: int, *arguments: str) -> tuple[int, dict[tuple[str, int], str]
     return done.returncode, {(what, int(step)): digest for what, step, digest in found}
 
 
+@pytest.mark.prove
 def test_a_run_killed_in_mid_save_goes_on_from_the_step_before_on_other_ranks(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
     _, first = _train(2, url, "9", "part", "3")  # rank 1 dies with half of its part of step 3 written

@@ -111,6 +111,10 @@ def _command(where: str, line: str, printed: str | None) -> Command:
     return Command(where, line.strip(), int(code[1]) if code else 0, printed)
 
 
+def slow_pages(page: Path) -> object:
+    return pytest.param(page, marks=pytest.mark.prove) if page.name == "failures.md" else page
+
+
 class Reader:
     """A person who types a page's blocks into a shell in `folder`."""
 
@@ -161,7 +165,7 @@ def _called(words: list[str]) -> int:
     return ended.value.code
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", map(slow_pages, PAGES), ids=lambda page: page.name)
 def test_a_page_does_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

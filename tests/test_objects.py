@@ -361,6 +361,7 @@ def restore_from_there(rank: int, world: int, url: str, environment: dict[str, s
     return step, full_state(training.model, training.optim)
 
 
+@pytest.mark.prove
 def test_a_run_moves_between_world_sizes(pool: Pool, ceph_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url, environment = f"{bucket(monkeypatch, ceph_server)}/run", servers.s3_environment(ceph_server)
     saved = pool.results(save_there, 2, url, environment)

@@ -12,10 +12,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import resize_losses
 
 
-@pytest.mark.parametrize(
-    ("worlds", "steps"),
-    [((3, 2, 3), 36), pytest.param(resize_losses.WORLDS, 240, marks=pytest.mark.prove)],
-)
+@pytest.mark.prove
+@pytest.mark.parametrize(("worlds", "steps"), [((3, 2, 3), 36), (resize_losses.WORLDS, 240)])
 def test_a_resized_run_has_the_losses_of_an_undisturbed_one(
     tmp_path: Path, worlds: tuple[int, ...], steps: int
 ) -> None:

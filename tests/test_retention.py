@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from keepers import keepers, until
 
 import ckpt
 from ckpt import Best, Keep
+from ckpt.cli import cli
 from ckpt.holder import Holder, apply_retention, find_commit
 from ckpt.log import View, decide_retire, replay
 from ckpt.readers import restore_or_fall_back
@@ -293,13 +295,14 @@ def test_the_command_leaves_a_run_alone_that_a_job_holds(tmp_path: Path) -> None
 
 def test_the_step_that_a_job_went_on_from_outlives_the_command_however_often_it_is_called(tmp_path: Path) -> None:
     """A start of gc itself reads nothing back: after it the head alone would stay, which nobody has read."""
+    command = ["gc", str(tmp_path), "--last", "1", "--takeover"]
     train(tmp_path, range(1, 3), None)
     train(tmp_path, range(3, 6), None, first=2)
     for _ in range(3):
-        assert gc(str(tmp_path), "--last", "1", "--takeover").returncode == 0
+        CliRunner().invoke(cli, command, catch_exceptions=False)
         assert steps_of(tmp_path) == on_disk(tmp_path) == [2, 5]
     train(tmp_path, range(6, 7), None, first=5)
-    assert gc(str(tmp_path), "--last", "1", "--takeover").returncode == 0
+    CliRunner().invoke(cli, command, catch_exceptions=False)
     assert steps_of(tmp_path) == on_disk(tmp_path) == [5, 6]
 
 

@@ -45,7 +45,10 @@ _OURS = re.compile(r"MANIFEST|r\d{5,}\.(part|safetensors|packed)|\.tmp-.*")
 
 
 def check_fencing(run: RunDirectory, strict: bool) -> None:
-    """Raise Incompatible, or with `strict` off warn, where the store cannot keep two writers apart."""
+    """Raise Incompatible, or with `strict` off warn, where the store cannot keep two writers apart.
+
+    A Holder asks it itself; whoever appends without one, as a pin does, asks first.
+    """
     if run.store.capabilities.fences:
         return
     if strict:

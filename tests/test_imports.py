@@ -37,6 +37,7 @@ ORDER = [
     "ckpt.stores.s3",
     "ckpt.stores.anyfs",
     "ckpt.stores.azure",
+    "ckpt.stores.gcs",
     "ckpt.stores",
     "ckpt.datafile",
     "ckpt.run",

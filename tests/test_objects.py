@@ -160,6 +160,30 @@ class TestRclone(ObjectConformance):
         pytest.skip("it lies: creates overwrite")
 
 
+@pytest.mark.prove
+def test_gcs_pieces_become_one_object_or_go_with_their_attempt(
+    gcs_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed here: `make prove` brings it")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server)
+    from ckpt.stores.gcs import GcsBucket
+
+    bucket, attempt = GcsBucket("gs", "bucket"), f"{uuid.uuid4()}/attempt"
+    pieces = [bytes([48 + index]) * (index + 1) for index in range(70)]  # more than one request composes
+    upload, _ = bucket.upload(f"{attempt}/data", sum(map(len, pieces)))
+    for index in reversed(range(70)):
+        upload.part(index, pieces[index])
+    upload.complete()
+    assert bucket.get(f"{attempt}/data", 0, None) == b"".join(pieces)
+    left, _ = bucket.upload(f"{attempt}/other", 2)
+    left.part(0, b"1")
+    left.part(1, b"2")
+    assert len(bucket.list(f"{attempt}/", deep=True)) == 3
+    store = open_store(f"gs://bucket/{attempt}")
+    open_store(f"gs://bucket/{attempt.partition('/')[0]}").clear("attempt", lambda name: False)
+    assert store.list("") == ["data"]
+
+
 @pytest.mark.prove  # its server is in Python, too
 class TestGcs(ObjectConformance):
     """Google's own service refuses a second create; its emulator does not know the condition."""

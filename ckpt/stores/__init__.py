@@ -4,8 +4,9 @@ posix    a directory: local disk, tmpfs, NFS, Lustre
 objects  a prefix of a bucket, on top of
     bucket   plain requests, tried again where that is safe
     s3       S3 and what speaks like it
-    anyfs    GCS, and any other fsspec file system
+    anyfs    any other fsspec file system
     azure    Azure's blobs, on top of that
+    gcs      Google's, on top of that
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ def _open_bucket(url: str, protocol: str, name: str, prefix: str) -> Store:
             from ckpt.stores.azure import AzureBucket
 
             bucket = AzureBucket(protocol, name)
+        elif EXTRAS.get(protocol) == "gcs":
+            from ckpt.stores.gcs import GcsBucket
+
+            bucket = GcsBucket(protocol, name)
         else:
             from ckpt.stores.anyfs import FsspecBucket
 

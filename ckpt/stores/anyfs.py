@@ -1,4 +1,4 @@
-"""Any fsspec file system of objects: GCS (gcsfs), and whatever else has a URL there; `azure` builds on it.
+"""Any fsspec file system of objects; `azure` and `gcs` build on it.
 
 What each of them does beyond fsspec's interface differs, so little is used of it: whole objects are put at once, large
 ones are written in the order of the file as fsspec does it. Whether `create` is exclusive is probed like everywhere:
@@ -95,7 +95,7 @@ class FsspecBucket:
         return _Stream(self, key, opened), PART_BYTES
 
     def abort_uploads(self, prefix: str) -> None:
-        """GCS and Azure forget uncommitted parts by themselves, after a week."""
+        """Azure forgets uncommitted parts by itself, after a week; what others do is not known."""
 
     def _run(self, operation: str, key: str, act: Callable[[str], T], exclusive: bool = False) -> T:
         what = f"{operation} {self.url}/{key}"

@@ -97,6 +97,7 @@ class ObjectStore:
 
     def delete(self, path: str) -> None:
         key = self._key(path)
+        self._bucket.abort_uploads(f"{key}/")
         keys = [each.key for each in self._bucket.list(f"{key}/", deep=True)]
         self._remove(f"{key}/", [*keys, key])
 
@@ -118,17 +119,17 @@ class ObjectStore:
 
     def clear(self, directory: str, ours: Callable[[str], bool]) -> Names:
         prefix = f"{self._key(directory)}/"
+        self._bucket.abort_uploads(prefix)
         names = [each.key.removeprefix(prefix) for each in self._bucket.list(prefix, deep=True)]
         self._remove(prefix, [prefix + name for name in names if ours(name)])
         return sorted(name for name in names if not ours(name))
 
     def _remove(self, prefix: str, keys: Sequence[str]) -> None:
-        """Delete `keys`, the MANIFEST below `prefix` first, and what was begun to be sent there."""
+        """Delete `keys`, the MANIFEST below `prefix` first."""
         manifest = f"{prefix}MANIFEST"
         if manifest in keys:
             self._bucket.delete([manifest])
         self._bucket.delete([key for key in keys if key != manifest])
-        self._bucket.abort_uploads(prefix)
 
     def local_path(self, path: str) -> str | None:
         check_path(path, root_allowed=True)

@@ -57,6 +57,7 @@ class Node:
     links: dict[str, bool] = field(default_factory=dict)  # to followers
     up: str | None = None
     probes: set[str] = field(default_factory=set)
+    busy_until: float = 0.0  # with what it asked storage for, one after the other
     done: int | None = None
     finished_work: bool = False
     asked: bool = False  # its workers are to stop
@@ -252,9 +253,9 @@ class World:
                 if other is not None:
                     node.up = other
             case a.Look():
-                self.later(self.latency(), name, lambda: self.look(name, node, action))
+                self.in_storage(name, node, lambda: self.look(name, node, action))
             case a.Propose():
-                self.later(self.latency(), name, lambda: self.propose(name, node, action))
+                self.in_storage(name, node, lambda: self.propose(name, node, action))
             case a.Halt():
                 node.asked = True
                 if agent.mine is None:
@@ -279,15 +280,16 @@ class World:
                     if not agent.leaving:
                         raise Broken(f"{name} has left, and nobody wanted it to")
                     self.later(0.6, name, lambda: self.kill(name))
-                if code in (0, EXIT_LEFT) and agent.leads:
-                    self.counter = (f"over {self.view.generation}", self.count)
+                if code in (0, EXIT_LEFT) and agent.leads and agent.membership and node.storage:
+                    self.counter = (f"over {agent.membership.generation}", self.count)
                 for other in self.nodes:
                     self.later(0.5, name, lambda o=other: self.break_link(name, o))
             case a.Note() | a.Forsake():
                 pass
 
-    def latency(self) -> float:
-        return 0.01 + self.random.random() * 0.2
+    def in_storage(self, name: str, node: Node, act: object) -> None:
+        node.busy_until = max(node.busy_until, self.now + 0.01 + self.random.random() * 0.2)
+        self.later(node.busy_until - self.now, name, act)
 
     def send(self, name: str, node: Node, action: a.Send) -> None:
         other = node.up if action.node is None else action.node
@@ -446,7 +448,7 @@ def play(seed: int, seconds: float = 40.0) -> World:
 
 
 def end_job(world: World, chance: random.Random) -> None:
-    """The workers end well, perhaps while a node dies or fails: every agent must end, within seconds."""
+    """The workers end well, perhaps while a node dies or fails: every agent that is left must end, within seconds."""
     world.finish()
     names = [name for name, node in world.nodes.items() if node.alive and node.done is None]
     if names and chance.random() < 0.5:
@@ -463,7 +465,7 @@ def end_job(world: World, chance: random.Random) -> None:
             break
     else:
         raise Broken("the job is done and agents remain")
-    codes = {name: node.done for name, node in world.nodes.items() if node.alive}
+    codes = {name: world.nodes[name].done for name in names if world.nodes[name].alive}
     if any(codes.values()):
         raise Broken(f"the job ended well with exit codes {codes}")
 

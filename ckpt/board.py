@@ -173,8 +173,9 @@ class Place:
         mine[STEP] = step
         mine[MOVED_NS] = now
 
-    def blocked(self, seconds: float) -> None:
-        """A save has held this worker up for so long."""
+    def saved(self, step: int, seconds: float) -> None:
+        """A save of `step` has held this worker up for so long."""
+        self._mine[STEP] = max(self._mine[STEP], step)
         self._mine[BLOCKED_NS] += int(seconds * 1e9)
 
     @contextlib.contextmanager

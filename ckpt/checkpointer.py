@@ -160,7 +160,7 @@ class Checkpointer:
         handle = self._saver.save(step, state, {**self._metrics, **(metrics or {})}, must=blocking)
         blocked_s = time.monotonic() - asked
         if self._place is not None:
-            self._place.blocked(blocked_s)
+            self._place.saved(handle.step, blocked_s)
         point("saved", step=handle.step, rank=self._ranks.rank, blocked_s=blocked_s)
         self._metrics.clear()
         self._saved_at = asked

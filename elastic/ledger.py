@@ -102,7 +102,7 @@ class Ledger:
         if "restoring" not in seen:
             seen["restoring"] = 1.0
             self._say("restoring", rank=worker.rank)
-        if worker.heeds and "step" not in seen:
+        if (worker.heeds or worker.step) and "step" not in seen:
             seen.update(step=worker.step - max(worker.moves - 1, 0), at=self._now(), blocked_s=0.0)
             self._say("restored", rank=worker.rank, step=worker.step - max(worker.moves - 1, 0))
         sample_s = self._every_s / SAMPLES

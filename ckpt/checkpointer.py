@@ -158,7 +158,10 @@ class Checkpointer:
         self._check_open()
         asked = time.monotonic()
         handle = self._saver.save(step, state, {**self._metrics, **(metrics or {})}, must=blocking)
-        point("saved", step=handle.step, rank=self._ranks.rank, blocked_s=time.monotonic() - asked)
+        blocked_s = time.monotonic() - asked
+        if self._place is not None:
+            self._place.saved(handle.step, blocked_s)
+        point("saved", step=handle.step, rank=self._ranks.rank, blocked_s=blocked_s)
         self._metrics.clear()
         self._saved_at = asked
         if not handle.skipped:

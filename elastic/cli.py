@@ -165,6 +165,75 @@ def _print(found: Json) -> None:
     say(history)
 
 
+@cli.command("report")
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page there.")
+@url_argument
+@json_option
+def report(url: str, html: str | None, as_json: bool) -> None:
+    """Show what befell the run at URL: where its time went, failures, and steps computed again.
+
+    From what its agents wrote into its directory while they worked. With --html also as one page.
+
+    \b
+    Examples:
+      elastic report /shared/run
+      elastic report /shared/run --html report.html
+
+    \b
+    --json prints
+      {"url": str,
+       "figures": {"seconds": float, "goodput": float,
+                   "split_s": {"productive": float, "recompute": float,
+                               "saving": float, "detection": float,
+                               "rendezvous": float, "restore": float,
+                               "ending": float},
+                   "faults": int, "generations": int, "steps": int,
+                   "steps_computed_again": int,
+                   "median_recovery_s": float | null,
+                   "worst_recovery_s": float | null},
+       "failures": [{"at": float, "node": str, "what": str,
+                     "generation": int, "step": int,
+                     "recovered_at": float | null}]}
+    """
+    from importlib.resources import files
+    from pathlib import Path
+
+    from elastic.chaos.report import page
+    from elastic.history import figures_of, history
+    from elastic.ledger import read_ledger
+
+    run = RunDirectory.open(url)
+    evidence = history(run.url, read_ledger(run), run.log.read().commits.values())
+    figures = figures_of(evidence)
+    if html is not None:
+        style = files("elastic.chaos").joinpath("report.css").read_text()
+        Path(html).write_text(page(evidence, (), style, figures))
+    failures = [
+        {
+            "at": fault.at,
+            "node": fault.nodes[0],
+            "what": fault.what,
+            "generation": fault.generation,
+            "step": fault.step,
+            "recovered_at": fault.recovered_at,
+        }
+        for fault in evidence.faults
+    ]
+    output({"url": run.url, "figures": figures, "failures": failures}, as_json, _print_report)
+
+
+def _print_report(found: Json) -> None:
+    figures = found["figures"]
+    say(f"goodput {figures['goodput']:.0%} of {figures['seconds']:.0f} s, {figures['generations']} generations, "
+        f"{figures['steps_computed_again']} of {figures['steps']} steps computed again")  # fmt: skip
+    table = columns("spent on", "seconds", right="seconds")
+    for kind, seconds in figures["split_s"].items():
+        table.add_row(kind, f"{seconds:.1f}")
+    say(table)
+    for failure in found["failures"]:
+        say(f"{failure['at']:.1f} s, generation {failure['generation']}: {plain(failure['what'])}")
+
+
 @cli.command("drain")
 @run_id_option
 @click.argument("node")

@@ -42,11 +42,13 @@ from elastic.agent import Agent
 from elastic.crew import Crew
 from elastic.hooks import Failure, Hooks
 from elastic.leading import EXIT_LEFT
+from elastic.ledger import Ledger, write_batch
 from elastic.links import Link, ask, read_all
 from elastic.membership import Member, Membership
 from elastic.messages import Hello, Join, Refused, Up
 from elastic.notices import Notices
 from elastic.options import Options
+from elastic.registry import serves
 from elastic.roster import Roster
 from elastic.settling import settle
 from elastic.workers import Ended, Workers, error_file_of, watch
@@ -77,6 +79,7 @@ class Service:
         self._exit: Exit | None = None
         self._notices = Notices(options.notice_file, options.notice_url, options.notice_header)
         self.crew = Crew(options.timing.hang_limit_s)
+        self._ledger = Ledger(agent.me.node, agent.me.name)
         self._values: dict[str, bytes] = {}
         self._generation = 0
         # of the loop's thread alone
@@ -95,6 +98,7 @@ class Service:
         self._server: Server | None = None
         self._stopping = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="elastic", daemon=True)
 
     def start(self, host: str, port: int) -> int:
@@ -204,6 +208,7 @@ class Service:
         self._notices.close()
         if self._ticking is not None:  # what is said last of the leader's counter stands
             self._ticking.cancel()
+        await self._write_ledger()
         leads = self._agent.leads and self._agent.membership is not None
         if leads:  # others need not wait for the counter to stand still
             done = self._exit is not None and self._exit.code == 0
@@ -241,6 +246,8 @@ class Service:
                 self._look_at_crew()
             if reason := self._notices.reason():
                 self._agent.leave(reason)
+            if self._ledger.due() and (self._writing is None or self._writing.done()):
+                self._writing = self._spawn(self._write_ledger())
             await asyncio.sleep(TICK_S)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
@@ -293,6 +300,7 @@ class Service:
     def _look_at_crew(self) -> None:
         """What the workers say of themselves."""
         seen = self.crew.look(len(self._workers.pids()))
+        self._ledger.follow(self.crew.workers())
         self._agent.heeds = seen.heeds
         if seen.paused:
             self._agent.paused()
@@ -306,6 +314,16 @@ class Service:
             self._loop.call_later(deadline_s, self._do, Kill(f"{reason}; its time is up"))
         self._carry_out()
 
+    async def _write_ledger(self) -> None:
+        """As far as the store lets us. Where records are in an agent's memory, there is no ledger."""
+        if serves(self._roster.run.url):
+            return
+        with contextlib.suppress(CkptError, OSError, TimeoutError):
+            batch = self._ledger.batch()
+            async with asyncio.timeout(LINGER_S):
+                await self._in_storage(lambda: write_batch(self._roster.run, batch))
+            self._ledger.written()
+
     async def _trace(self) -> None:
         self._agent.stacks(await self._loop.run_in_executor(self._settling, self.crew.trace))
         self._carry_out()
@@ -316,6 +334,9 @@ class Service:
         elif not how.well and not self._broken:
             what = f"was killed by signal {how.signal}" if how.signal else f"exited with {how.code}"
             log.warning("worker %d %s", how.pid, what)
+            code = how.code if how.code is not None else -(how.signal or 0)
+            rank = next((worker.rank for worker in self.crew.workers() if worker.pid == how.pid), -1)
+            self._ledger.failed(rank, code, what, self.crew.step())
             path = self._watched.get(how.pid, "")
             written = path if path and os.path.exists(path) else None
             self._hooks.tell("on_worker_failure", Failure(how.pid, how.code, how.signal, written))
@@ -373,6 +394,7 @@ class Service:
         log.warning("this node's workers end: %s", reason)
         self._store, self._killing = None, True
         self._workers.kill()
+        self._ledger.killed(reason, self.crew.workers())
         with self._changed:
             self._broken = True
             self._changed.notify_all()
@@ -380,6 +402,8 @@ class Service:
     def _release(self, membership: Membership) -> None:
         self._watched.clear()
         self._asked = self._forsaken = False
+        names = [member.name for member in membership.members]
+        self._ledger.begun(membership.generation, names, membership.reason)
         with self._changed:
             self._assigned, self._generation = membership, membership.generation
             self._broken = self._killing = (
@@ -392,6 +416,7 @@ class Service:
     def _end(self, action: Exit) -> None:
         level = {0: logging.INFO, EXIT_LEFT: logging.WARNING}.get(action.code, logging.ERROR)
         log.log(level, "%s", action.reason)
+        self._ledger.left(action.reason, action.code, self.crew.workers())
         with self._changed:
             self._exit = action
             self._broken = True

@@ -156,6 +156,7 @@ def _documents(run: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield printed("ckpt bench", folder / "store", "--mb", "4")
     yield printed("ckpt bench", run, "--mb", "4")
     yield printed("elastic status", run)
+    yield printed("elastic report", run)
     yield printed("elastic drain", "node7", run)
     yield printed("elastic cordon", "--undo", "node7", run)
     yield printed("elastic chaos", "--list")

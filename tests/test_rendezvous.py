@@ -13,6 +13,7 @@ import servers
 from agents import ROOT, Cluster
 from elastic_worker import GLOBAL_BATCH, SAMPLES
 from netns import network
+from test_elastic_cli import elastic, end_of
 from test_objects import bucket
 
 from ckpt.records import Start
@@ -46,6 +47,19 @@ def check_end(cluster: Cluster, *alive: str) -> None:
     check_ledger(cluster)
 
 
+def check_report(folder: Path) -> None:
+    """What the agents wrote tells of the killed worker, three generations, and where the time went."""
+    code, said = end_of(elastic(folder, "report", "run", "--json", "--html", "report.html"))
+    assert code == 0, said
+    found = json.loads(said)
+    assert found["figures"]["generations"] == 3
+    assert any("was killed by signal 9" in one["what"] and one["generation"] == 1 for one in found["failures"]), found
+    assert all(one["recovered_at"] is not None for one in found["failures"]), found
+    spent = found["figures"]["split_s"]
+    assert abs(sum(spent.values()) - found["figures"]["seconds"]) < 1, found
+    assert "rendezvous" in (folder / "report.html").read_text()
+
+
 def test_a_worker_and_then_the_leader_are_killed(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         for name in "abc":
@@ -71,6 +85,7 @@ def test_a_worker_and_then_the_leader_are_killed(tmp_path: Path) -> None:
         assert not Path(f"/proc/{worker}").exists(), "the workers of an agent that died are dead, too"
         check_end(cluster, *left)
 
+    check_report(tmp_path)
     last = min(left)
     told = [json.loads(line) for line in (tmp_path / f"{last}.told").read_text().splitlines()]
     assert [(e["world"], len(e["joined"]), len(e["left"])) for e in told if e["hook"] == "on_membership"] == [

@@ -59,33 +59,41 @@ def _instants(evidence: Evidence) -> list[Instant]:
     ]
 
 
-def page(evidence: Evidence, judgements: Sequence[Judgement], style: str) -> str:
-    """The page; `style` is the sheet that goes into it."""
-    found, ok = figures(evidence), passed(judgements)
+def page(evidence: Evidence, judgements: Sequence[Judgement], style: str, found: dict[str, Any] | None = None) -> str:
+    """The page; `style` is the sheet that goes into it, `found` its figures. Without judgements it gives no verdict."""
+    found, ok = found or figures(evidence), passed(judgements)
     scenario = evidence.scenario
     recovery = found["worst_recovery_s"]
     cards = [
         (f"{found['goodput']:.0%}", "of the time made new steps"),
-        (str(found["faults"]), "faults injected"),
+        (str(found["faults"]), "faults injected" if judgements else "failures"),
         ("–" if recovery is None else f"{recovery:g} s", "worst recovery"),
         (str(found["steps_computed_again"]), f"of {found['steps']} steps computed again"),
         (str(found["generations"]), "generations"),
         (f"{found['seconds']:.0f} s", "in all"),
     ]
     split_s = found["split_s"]
+    verdict, how = ("green", "passed") if ok else ("red", "failed")
+    badge, title, about, oracles = "", scenario["name"], f"{scenario['nodes']} nodes", ""
+    if judgements:
+        badge = f'<span class="verdict {verdict}">{how}</span>'
+        title += ": survived" if ok else ": not survived"
+        about = (
+            f"<code>{_(' '.join(evidence.command))}</code> on {scenario['nodes']} nodes ({_(evidence.ground)}), "
+            f"seed {evidence.seed}"
+        )
+        oracles = f"<section><h2>Oracles</h2>{_oracles(judgements)}</section>"
     values = "".join(f"<div><b>{_(value)}</b><span>{_(text)}</span></div>" for value, text in cards)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_(scenario["name"])}: {"survived" if ok else "not survived"}</title><style>{style}</style></head><body><main>
-<header><span class="verdict {"green" if ok else "red"}">{"passed" if ok else "failed"}</span>
-<h1>{_(scenario["name"])}</h1><p>{_(scenario["title"])}</p>
-<p class="dim"><code>{_(" ".join(evidence.command))}</code> on {scenario["nodes"]} nodes ({_(evidence.ground)}),
-seed {evidence.seed}</p></header>
+<title>{_(title)}</title><style>{style}</style></head><body><main>
+<header>{badge}<h1>{_(scenario["name"])}</h1><p>{_(scenario["title"])}</p>
+<p class="dim">{about}</p></header>
 <section class="cards">{values}</section>
 <section><h2>What happened</h2>{_timeline(evidence)}{_legend()}</section>
 <section><h2>Where the time went</h2>{_split(split_s, evidence.seconds)}</section>
 <section><h2>Faults</h2>{_faults(evidence)}</section>
-<section><h2>Oracles</h2>{_oracles(judgements)}</section>
+{oracles}
 </main></body></html>
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from elastic.failures import NO_FAILURES, Failures
 from elastic.membership import Member, Membership
 from elastic.messages import Down, Up
 
@@ -58,12 +59,16 @@ class Look:
 
 @dataclass(frozen=True)
 class Propose:
-    """Append the start of `members`, if `generation` is still the newest; the outcome comes back as `proposed`."""
+    """Append the start of `members`, if `generation` is still the newest; the outcome comes back as `proposed`.
+
+    `failures`: what was counted, in seconds before now.
+    """
 
     members: tuple[Member, ...]
     generation: int
     reason: str
     leader_gone: bool
+    failures: Failures = NO_FAILURES
 
 
 @dataclass(frozen=True)

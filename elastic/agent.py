@@ -200,9 +200,10 @@ class Agent(Leading):
             case Leave():
                 self.leaving = self.leaving or said.reason
             case Stop():
+                self._failures = said.failures.shifted(now)
                 self._kill(said.reason)
             case Go():
-                self._go(said.membership)
+                self._go(said.membership, now)
             case Share():
                 if self.membership is not None and said.generation == self.membership.generation:
                     self.shared[said.key] = said.value
@@ -284,6 +285,7 @@ class Agent(Leading):
             if self.mine is not None:
                 self.mine = seen.membership
         elif old is None or seen.membership.generation > old.generation:
+            self._failures = seen.membership.failures.shifted(now)
             self._superseded()
 
     def _superseded(self) -> None:
@@ -396,7 +398,8 @@ class Agent(Leading):
 
     # Small things
 
-    def _go(self, membership: Membership) -> None:
+    def _go(self, membership: Membership, now: float) -> None:
+        self._failures = membership.failures.shifted(now)
         self.membership, self._gone_to = membership, membership.generation
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
         self.shared.clear()

@@ -12,7 +12,6 @@ from statistics import median_low
 
 from elastic.membership import Member, Membership
 
-BACKOFF_LIMIT_S = 30.0
 SLOW_FACTOR, SLOW_SHARE = 1.5, 0.1
 LEAST_HANG_S, HANG_FACTOR, MOVES_TO_LEARN = 300.0, 10, 10
 
@@ -130,30 +129,6 @@ def would_grow(
     """Whether the nodes that wait would make the membership larger."""
     waiting = [node for node in waiting if node.node not in avoid]
     return len(arrange(members, [*members, *waiting], limits, proposer=proposer)) > len(members)
-
-
-@dataclass(frozen=True)
-class Blame:
-    """Which node failed first, and when (seconds of one monotonic clock), oldest first."""
-
-    failures: tuple[tuple[str, float], ...] = ()
-
-    def after(self, node: str, at_s: float) -> Blame:
-        return Blame((*self.failures[-99:], (node, at_s)))
-
-    def quarantined(self, now_s: float, *, failures: int, window_s: float) -> frozenset[str]:
-        """Nodes that were the first to fail `failures` times within `window_s`; nobody if `failures` is 0.
-
-        Nobody either where several nodes did: then it is not the node.
-        """
-        recent = [node for node, at in self.failures if now_s - at <= window_s]
-        found = {node for node in recent if failures and recent.count(node) >= failures}
-        return frozenset(found) if len(found) == 1 else frozenset()
-
-
-def backoff_s(failures: int) -> float:
-    """How long to wait before the workers start again, after so many failures in a row without a commit."""
-    return min(BACKOFF_LIMIT_S, 2.0 ** (failures - 3)) if failures >= 3 else 0.0
 
 
 def hang_limit_s(stated_s: float, said_s: float, moves: int, longest_s: float) -> float | None:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastic.actions import Action, Close, Exit, Forsake, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
-from elastic.decide import Blame, Limits, Pace, Timing, arrange, backoff_s, may_take, stragglers, would_grow
+from elastic.decide import Limits, Pace, Timing, arrange, may_take, stragglers, would_grow
+from elastic.failures import NO_FAILURES, backoff_s
 from elastic.membership import Member, Membership
 from elastic.messages import Down, End, Inspect, Job, Leave, Lost, Pause, Stack, Stop, Up
 
@@ -72,7 +73,7 @@ class Leading:
 
     def __post_init__(self) -> None:
         self._out: list[Action] = []
-        self._blame = Blame()
+        self._failures = NO_FAILURES
         self._change: Change | None = None
         self._pause: Change | None = None  # its workers are asked to stop by themselves
         self._inspection: Inspection | None = None
@@ -93,10 +94,7 @@ class Leading:
         self._paces: dict[int, Pace] = {}  # of each rank the newest
         self._suspects: dict[int, int] = {}  # how often in a row a rank was slow
         self._slow: dict[int, str] = {}  # what is said of ranks that are
-        self._fruitless = 0  # failures in a row without a commit in between
-        self._failed_at_head: tuple[str | None] | None = None
         self._resume_at = 0.0  # no generation begins before
-        self._failed_at: set[int] = set()  # steps at which the workers of this row of failures were
 
     # What others may ask
 
@@ -167,7 +165,7 @@ class Leading:
 
     def _member_stopped(self, member: Member, failed: bool, now: float, step: int = 0) -> None:
         if failed:
-            self._blame = self._blame.after(member.node, now)
+            self._failures = self._failures.blame(member.node, now)
             if self._is_fruitless(step, now):
                 return
         planned = self._pause is not None and not failed
@@ -176,16 +174,13 @@ class Leading:
 
     def _is_fruitless(self, step: int, now: float) -> bool:
         """Count a failure; whether it was the last that the job had."""
-        again = self._failed_at_head == (self.seen.head,) and now - self._began_at < self.timing.fruitless_s
-        self._fruitless = self._fruitless + 1 if again else 1
-        self._failed_at = self._failed_at | {step} if again else {step}
-        self._failed_at_head = (self.seen.head,)
-        self._resume_at = now + backoff_s(self._fruitless)
-        if self._fruitless != self.timing.fruitless_limit:
+        soon = now - self._began_at < self.timing.fruitless_s
+        self._failures = found = self._failures.count(step, self.seen.head, soon=soon)
+        self._resume_at = now + backoff_s(found.row)
+        if found.row != self.timing.fruitless_limit:
             return False
-        (same, *others) = self._failed_at
-        where = f"after step {same}, always there" if same and not others else "without a new step"
-        self._end_all(EXIT_FRUITLESS, f"the workers failed {self._fruitless} times {where}: see their errors above")
+        where = f"after step {found.step}, always there" if found.step else "without a new step"
+        self._end_all(EXIT_FRUITLESS, f"the workers failed {found.row} times {where}: see their errors above")
         return True
 
     # A hang
@@ -270,7 +265,7 @@ class Leading:
         self._joined_at = now
         self._do(Note(f"generation {self.membership.generation if self.membership else 0} ends: {reason}"))
         for node in self._member_followers():
-            self._send(node, Stop(reason))
+            self._send(node, Stop(reason, self._failures.shifted(-now)))
         self._kill(reason)
 
     def _should_grow(self, now: float) -> bool:
@@ -325,7 +320,7 @@ class Leading:
             self._hold(verdict.reason)
             return
         if now < self._resume_at:
-            self._hold(f"{self._fruitless} failures without a new step: waiting for {self._resume_at - now:.0f} s")
+            self._hold(f"{self._failures.row} failures without a new step: waiting for {self._resume_at - now:.0f} s")
             return
         if self._should_wait(ready, now):
             return
@@ -337,8 +332,11 @@ class Leading:
             self._too_few(len(group), now)
             return
         reason = self._change.reason if self._change else verdict.reason
+        if self.membership is not None and not any(self._is_member(member.node) for member in group):
+            self._failures = NO_FAILURES  # all are new: so is the job
         self._proposing = True
-        self._do(Propose(chosen, self.seen.generation, reason, verdict.leader_gone))
+        failures = self._failures.shifted(-now)
+        self._do(Propose(chosen, self.seen.generation, reason, verdict.leader_gone, failures))
 
     def _gather_finished(self, now: float) -> None:
         """A candidate whose own workers ended well: if nobody is left to work, the job is done."""
@@ -380,7 +378,7 @@ class Leading:
     # Small things
 
     def _avoid(self, now: float) -> Collection[str]:
-        return self._blame.quarantined(
+        return self._failures.quarantined(
             now, failures=self.timing.quarantine_failures, window_s=self.timing.quarantine_window_s
         )
 

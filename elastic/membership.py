@@ -12,6 +12,7 @@ import msgspec
 
 from ckpt.errors import Corrupt
 from ckpt.records import Start
+from elastic.failures import NO_FAILURES, Failures
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Membership:
 
     `store_port`: where the leader lets the workers' process groups meet, fresh for every generation. `began`: nonce of
     the start with which these members began to work; another one than `nonce` once a worker went back to an older step.
+    `failures`: what the job's leaders had counted by then, in seconds before it.
     """
 
     generation: int
@@ -39,6 +41,7 @@ class Membership:
     store_port: int
     began: str
     reason: str = ""
+    failures: Failures = NO_FAILURES
 
     def __post_init__(self) -> None:
         names = [member.node for member in self.members]
@@ -68,11 +71,14 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     port: int
     store_port: int = 0  # of the leader
     began: str = ""  # of the leader
+    failures: Failures = NO_FAILURES  # of the leader
 
 
-def to_record(members: tuple[Member, ...], leader: str, store_port: int, nonce: str) -> tuple[dict[str, Any], ...]:
+def to_record(
+    members: tuple[Member, ...], leader: str, store_port: int, nonce: str, failures: Failures = NO_FAILURES
+) -> tuple[dict[str, Any], ...]:
     """What `Start.members` of the start `nonce` holds: plain JSON values. The leader is who has a `store_port`."""
-    of_leader = {"store_port": store_port, "began": nonce}
+    of_leader: dict[str, Any] = {"store_port": store_port, "began": nonce, "failures": asdict(failures)}
     return tuple(asdict(member) | (of_leader if member.node == leader else {}) for member in members)
 
 
@@ -85,7 +91,14 @@ def of_start(start: Start | None) -> Membership | None:
         members = tuple(Member(e.node, e.name, e.addresses, e.port) for e in entries)
         (leads,) = [entry for entry in entries if entry.store_port]
         return Membership(
-            start.generation, start.nonce, members, leads.node, leads.store_port, leads.began, start.reason
+            start.generation,
+            start.nonce,
+            members,
+            leads.node,
+            leads.store_port,
+            leads.began,
+            start.reason,
+            leads.failures,
         )
     except (msgspec.ValidationError, ValueError) as error:
         raise Corrupt(f"the members of generation {start.generation} cannot be understood: {error}") from error

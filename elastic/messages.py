@@ -15,6 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from elastic.decide import Pace
+from elastic.failures import NO_FAILURES, Failures
 from elastic.membership import Member, Membership
 
 
@@ -128,9 +129,10 @@ class Pause(_Message, frozen=True):
 
 
 class Stop(_Message, frozen=True):
-    """Kill your workers: this generation is over."""
+    """Kill your workers: this generation is over. `failures`: what the leader counted, in seconds before now."""
 
     reason: str
+    failures: Failures = NO_FAILURES
 
 
 class Lost(_Message, frozen=True):

@@ -209,7 +209,7 @@ class Roster:
                     boot_id=boot_id(),
                     unix_s=time.time(),
                     addresses=[f"{address}:{me.port}" for address in me.addresses],
-                    members=to_record(ask.members, me.node, store_port, nonce),
+                    members=to_record(ask.members, me.node, store_port, nonce, ask.failures),
                 )
             )
         except Fenced:

@@ -352,7 +352,8 @@ class World:
             try:
                 start = decide_start(
                     self.view, nonce=f"s{self.count}", run_id="job", reason=action.reason,
-                    expected_generation=action.generation, members=to_record(action.members, name, 7, f"s{self.count}"),
+                    expected_generation=action.generation,
+                    members=to_record(action.members, name, 7, f"s{self.count}", action.failures),
                 )  # fmt: skip
                 self.append(start)
                 membership = of_start(start)

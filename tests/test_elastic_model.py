@@ -6,16 +6,19 @@ A failure prints its seed: `elastic_sim.play(seed)` runs it again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import elastic_sim
 import pytest
-from elastic_sim import play
+from elastic_sim import World, play
 
 from ckpt.log import decide_start
 from elastic import leading
 from elastic.agent import Agent
-from elastic.decide import Verdict
+from elastic.decide import Limits, Verdict
+from elastic.leading import EXIT_FRUITLESS
+from elastic.membership import of_start
 
 SEEDS = 200
 
@@ -91,3 +94,72 @@ def test_a_broken_rule_is_found(
     monkeypatch.setattr(where, name, broken)
     with pytest.raises((AssertionError, StopIteration)):
         play_all(5 * SEEDS)
+
+
+def counting(nodes: int, **more: Any) -> World:
+    """A world without accidents whose job counts failures, once it works."""
+    world = World(0, nodes, Limits(1, nodes), replace(elastic_sim.TIMING, quarantine_window_s=300, **more))
+    world.run(8)
+    assert world.settled()
+    return world
+
+
+def leader_of(world: World) -> str:
+    membership = of_start(world.view.holder)
+    assert membership is not None
+    return membership.leader
+
+
+def fail_and_restart(world: World, name: str) -> None:
+    before = world.view.generation
+    world.fail_workers(name)
+    world.run(15)
+    assert world.view.generation == before + 1, "one failure, one restart"
+
+
+@pytest.mark.parametrize("lost", ["the leader at rest", "the leader that has just counted"])
+def test_the_next_leader_goes_on_counting_failures(lost: str) -> None:
+    world = counting(3, fruitless_limit=4, quarantine_failures=0)
+    for _ in range(2):
+        fail_and_restart(world, leader_of(world))
+    if lost == "the leader at rest":
+        fail_and_restart(world, leader_of(world))
+    else:
+        world.fail_workers(leader_of(world))
+        world.run(0.2)
+    world.kill(leader_of(world))
+    world.run(15)
+    world.fail_workers(leader_of(world))
+    world.run(5)
+    assert [node.done for node in world.nodes.values() if node.alive] == [EXIT_FRUITLESS] * 2
+
+
+def test_the_next_leader_knows_which_node_failed() -> None:
+    world = counting(3)
+    first = of_start(world.view.holder)
+    assert first is not None
+    bad = first.nodes[-1]  # the others come before it when a leader is sought
+    assert bad != first.leader
+    fail_and_restart(world, bad)
+    world.kill(leader_of(world))
+    world.run(15)
+    assert leader_of(world) != bad, "who leads cannot be left out"
+    fail_and_restart(world, bad)
+    membership = of_start(world.view.holder)
+    assert membership is not None
+    assert bad not in membership.nodes
+
+
+def test_a_job_that_is_started_again_counts_anew() -> None:
+    world = counting(2, fruitless_limit=3, quarantine_failures=0)
+    for _ in range(2):
+        fail_and_restart(world, leader_of(world))
+    world.fail_workers(leader_of(world))
+    world.run(5)
+    assert [node.done for node in world.nodes.values()] == [EXIT_FRUITLESS] * 2
+    for name in list(world.nodes):
+        world.kill(name)
+    world.add()
+    world.run(15)
+    for _ in range(2):
+        fail_and_restart(world, leader_of(world))

@@ -6,7 +6,8 @@ import pytest
 
 from elastic.actions import Note, Propose, Seen
 from elastic.agent import Agent
-from elastic.decide import Limits, Timing, backoff_s
+from elastic.decide import Limits, Timing
+from elastic.failures import backoff_s
 from elastic.membership import Member, Membership
 from elastic.messages import Job
 

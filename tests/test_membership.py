@@ -12,7 +12,8 @@ from msgspec import structs
 from ckpt.errors import Corrupt
 from ckpt.log import View, decide_start
 from ckpt.records import decode_record, encode_record
-from elastic.decide import Blame, Limits, arrange, may_take, would_grow
+from elastic.decide import Limits, arrange, may_take, would_grow
+from elastic.failures import Failures
 from elastic.membership import Member, Membership, of_start, to_record
 
 NAMES = [f"n{i}" for i in range(9)]
@@ -106,12 +107,12 @@ def test_a_smaller_group_waits_until_the_counter_stood_still() -> None:
 
 
 def test_a_node_is_quarantined_only_if_it_alone_fails_again_and_again() -> None:
-    blame = Blame().after("a", 0.0).after("b", 5.0)
-    assert blame.quarantined(6.0, failures=2, window_s=100) == frozenset()
-    assert blame.after("a", 7.0).quarantined(8.0, failures=2, window_s=100) == {"a"}
-    assert blame.after("a", 7.0).quarantined(8.0, failures=0, window_s=100) == frozenset()
-    assert blame.after("a", 107.0).quarantined(108.0, failures=2, window_s=100) == frozenset()
-    both = blame.after("a", 7.0).after("b", 8.0)
+    found = Failures().blame("a", 0.0).blame("b", 5.0)
+    assert found.quarantined(6.0, failures=2, window_s=100) == frozenset()
+    assert found.blame("a", 7.0).quarantined(8.0, failures=2, window_s=100) == {"a"}
+    assert found.blame("a", 7.0).quarantined(8.0, failures=0, window_s=100) == frozenset()
+    assert found.blame("a", 107.0).quarantined(108.0, failures=2, window_s=100) == frozenset()
+    both = found.blame("a", 7.0).blame("b", 8.0)
     assert both.quarantined(9.0, failures=2, window_s=100) == frozenset(), "where all fail it is not the node"
 
 
@@ -122,11 +123,10 @@ def test_a_node_is_quarantined_only_if_it_alone_fails_again_and_again() -> None:
 def test_a_membership_comes_back_from_its_record(nodes: list[str], data: st.DataObject) -> None:
     leader = data.draw(st.sampled_from(nodes))
     members = tuple(member(n) for n in nodes)
-    start = decide_start(
-        View(), nonce="s1", run_id=None, reason="test", members=to_record(members, leader, 29500, "s1")
-    )
-    read = decode_record(encode_record(start))
-    assert of_start(read) == Membership(1, "s1", members, leader, 29500, "s1", "test")  # type: ignore[arg-type]
+    failures = data.draw(st.builds(Failures))
+    record = to_record(members, leader, 29500, "s1", failures)
+    read = decode_record(encode_record(decide_start(View(), nonce="s1", run_id=None, reason="test", members=record)))
+    assert of_start(read) == Membership(1, "s1", members, leader, 29500, "s1", "test", failures)  # type: ignore[arg-type]
 
 
 def test_a_start_without_members_begins_no_membership() -> None:

@@ -157,6 +157,8 @@ ORDER = [
     "elastic.chaos.cgroups",
     "elastic.chaos.nodes",
     "elastic.chaos.ground",
+    "elastic.chaos.fault",
+    "elastic.chaos.damage",
     "elastic.chaos.faults",
     "elastic.chaos.conduct",
     "elastic.chaos.command",

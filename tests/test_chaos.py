@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import torch
 from chaos_agent import PORT
 from chaos_ground import CAN, DEADLINE_S, ground_of, soon
 from click.testing import CliRunner
+from jobs import Pool
 
 import ckpt
 from ckpt.check import check_step
+from ckpt.errors import CkptError
 from ckpt.run import RunDirectory
 from elastic.chaos import faults, processes
 from elastic.chaos.cgroups import Cgroup, GroundError
@@ -69,6 +72,12 @@ def on_boxes(
         return run
 
     return decorate
+
+
+def on_nothing(folder: Path) -> tuple[Ground, Plain]:
+    """A ground without nodes that run, for faults of the store alone."""
+    ground = Ground(Scenario("faults", "faults themselves", ()), folder, [], frozenset(), 0, time.monotonic())
+    return ground, Plain("n1", ground.place, Life("n1", 0.0), lambda: None)
 
 
 def reaches(ground: Ground, one: str, other: str) -> bool:
@@ -288,18 +297,61 @@ async def test_the_store_turns_read_only_and_back(ground: Ground) -> None:
     assert (ground.store / "more").exists()
 
 
-def test_a_bit_of_the_newest_step_flips(tmp_path: Path) -> None:
-    ground = Ground(Scenario("faults", "faults themselves", ()), tmp_path, [], frozenset(), 0, time.monotonic())
-    node = Plain("n1", ground.place, Life("n1", 0.0), lambda: None)
-    with ckpt.Checkpointer(ground.run) as checkpointer:
-        checkpointer.save(5, {"w": torch.arange(9.0)}, blocking=True)
+def save_on_each_rank(rank: int, world: int, url: str) -> None:
+    with ckpt.Checkpointer(url) as checkpointer:
+        for step in (4, 5):
+            mine = ckpt.Shard(torch.full((1000,), 10.0 * step + rank), (world * 1000,), (rank * 1000,))
+            checkpointer.save(step, {"w": mine}, blocking=True)
+
+
+@pytest.mark.parametrize("kind", ["bit-rot", "torn-write", "swapped-shards"])
+def test_the_newest_step_is_damaged_and_refused(tmp_path: Path, pool: Pool, kind: str) -> None:
+    ground, node = on_nothing(tmp_path)
+    pool.results(save_on_each_rank, 2, str(ground.run))
     run = RunDirectory.open(ground.run)
     head = run.log.read().head
     assert head is not None
     assert check_step(run, head).ok
-    asyncio.run(faults.BitRot(ground, node).inject())
+    said = asyncio.run(faults.FAULTS[kind](ground, node).inject())
+    assert "of step 5" in said
     assert not check_step(run, head).ok
+    state = {"w": torch.zeros(2000)}
+    with pytest.raises(ckpt.Corrupt):
+        ckpt.restore(str(ground.run), state)
+    assert ckpt.restore(str(ground.run), state, fallback=True) == 4
+    assert torch.equal(state["w"], torch.tensor([40.0, 41.0]).repeat_interleave(1000))
     asyncio.run(ground.close())
+
+
+def test_files_are_not_exchanged_where_there_is_one(tmp_path: Path) -> None:
+    ground, node = on_nothing(tmp_path)
+    with ckpt.Checkpointer(ground.run) as checkpointer:
+        checkpointer.save(5, {"w": torch.arange(9.0)}, blocking=True)
+    with pytest.raises(GroundError, match="two ranks"):
+        asyncio.run(faults.FAULTS["swapped-shards"](ground, node).inject())
+    asyncio.run(ground.close())
+
+
+@on_both
+async def test_copies_in_memory_rot_and_the_store_has_the_step(ground: Ground) -> None:
+    """The copy that rots is the one that a keeper sealed here; it lies in the node's memory for the fault to find."""
+    node, saved = ground.nodes["n1"], {"w": torch.arange(9000.0)}
+    (worker,) = node.workers()
+    with pytest.raises(CkptError):
+        await faults.FAULTS["rot-in-ram"](ground, node).inject()
+    with ckpt.Checkpointer(ground.run) as checkpointer:
+        checkpointer.save(5, saved, blocking=True)
+        (mine,) = Path(os.environ["CKPT_RAM_DIR"]).glob(f"holdfast-*/{RunDirectory.open(ground.run).nonce}")
+        theirs = node.ram / mine.parent.name / mine.name
+        shutil.copytree(mine / "steps", theirs / "steps")
+        said = await faults.FAULTS["rot-in-ram"](ground, node).inject()
+        await soon(lambda: not processes.lives(worker))
+        shutil.rmtree(mine / "steps")
+        shutil.copytree(theirs / "steps", mine / "steps")
+        state = {"w": torch.zeros(9000)}
+        assert checkpointer.restore(state) == 5
+    assert "a bit changed in byte" in said
+    assert torch.equal(state["w"], saved["w"])
 
 
 @boxed

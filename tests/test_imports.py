@@ -161,6 +161,8 @@ ORDER = [
     "elastic.chaos.cgroups",
     "elastic.chaos.nodes",
     "elastic.chaos.ground",
+    "elastic.chaos.fault",
+    "elastic.chaos.damage",
     "elastic.chaos.faults",
     "elastic.chaos.conduct",
     "elastic.chaos.command",

@@ -15,7 +15,8 @@ from ckpt.errors import CkptError
 from ckpt.run import RunDirectory
 from elastic.chaos.cgroups import GroundError
 from elastic.chaos.evidence import Evidence, Injection, Mark
-from elastic.chaos.faults import FAULTS, Fault
+from elastic.chaos.fault import Fault
+from elastic.chaos.faults import FAULTS
 from elastic.chaos.ground import Ground, left_behind, outlived
 from elastic.chaos.listen import Hold
 from elastic.chaos.nodes import Node

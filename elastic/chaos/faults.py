@@ -1,34 +1,26 @@
-"""The faults that can be injected, each a small class with `inject` and `heal`.
-
-`share`: percent of the 419 unexpected interruptions in 54 days of training on 16,384 H100 (arXiv 2407.21783, table 5)
-that had the cause which the fault stands for; None where no figure was published. `needs`: what the ground must be
-able to do. `restarts`: whether the run can only go on in a new generation. `heals`: whether there is something to undo.
-"""
+"""The faults of processes, nodes, links and disks, and the table of all faults that there are."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import subprocess
 import sys
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
 
-from ckpt.run import RunDirectory
 from elastic.chaos import processes
 from elastic.chaos.cgroups import GroundError
+from elastic.chaos.damage import BitRot, RotInRam, SwappedShards, TornWrite
 from elastic.chaos.evidence import Mark
-from elastic.chaos.ground import Disk, Ground
-from elastic.chaos.nodes import Boxed, Node, inside
+from elastic.chaos.fault import Fault
+from elastic.chaos.ground import Disk
+from elastic.chaos.nodes import Boxed, inside
 
 POWER_OFF_S = 1.0
 NOTICE_S = 5.0
 FLAPS = 3
 FLAP_S = 0.5
-FLIPPED_BIT = 0x10
 MARGIN_BYTES, BITE_BYTES, BITES = 16 << 20, 4 << 20, 1024
 EATER = """
 import os, sys
@@ -39,39 +31,6 @@ while os.read(0, 1):
     eaten.append(b"x" * int(sys.argv[2]))
     os.write(1, b"y")
 """  # a bite for each byte that it reads
-
-
-class Fault(ABC):
-    """What is done to `node` of `ground`. Injected once; `heal` is idempotent."""
-
-    kind: ClassVar[str]
-    stands_for: ClassVar[str]
-    share: ClassVar[float | None] = None
-    promise: ClassVar[str] = "survived: no committed step is lost, and all go on in the next generation"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    restarts: ClassVar[bool] = True
-    heals: ClassVar[bool] = False
-
-    def __init__(self, ground: Ground, node: Node, amount: float | None = None) -> None:
-        self.ground, self.node, self.amount = ground, node, amount
-        self.nodes = [node.name]
-
-    @abstractmethod
-    async def inject(self) -> str:
-        """Do it; what was done, for the report. GroundError if there is nothing to do it to."""
-
-    async def heal(self) -> None:  # noqa: B027
-        """Undo it."""
-
-    def _worker(self) -> int:
-        if not (found := self.node.workers()):
-            raise GroundError(f"{self.node.name} has no worker")
-        return found[0]
-
-    def _boxed(self) -> Boxed:
-        if not isinstance(self.node, Boxed):
-            raise GroundError(f"{self.kind} needs nodes in namespaces, so root")
-        return self.node
 
 
 class WorkerKill(Fault):
@@ -380,22 +339,6 @@ class ReadOnly(DiskFull):
         await asyncio.to_thread(self._disk().read_only, False)
 
 
-class BitRot(Fault):
-    """A bit of each data file of the newest step flips in the store: silent corruption was 1.4 % of all causes."""
-
-    kind, stands_for, share = "bit-rot", "silent data corruption", 1.4
-    promise = "detected: `ckpt check` names the file, and no restore takes it"
-    restarts = False
-
-    async def inject(self) -> str:
-        view = RunDirectory.open(self.ground.store).log.read()
-        if view.head is None:
-            raise GroundError("nothing is committed yet")
-        files = sorted((self.ground.store / "steps" / view.head.attempt).glob("*.safetensors"))
-        done = [f"byte {_flip(file)} of {file.name}" for file in files]
-        return f"of step {view.head.step}, a bit changed in {', '.join(done)}"
-
-
 class NodeGain(Fault):
     """A node more is there, and joins: fewer than the maximum must be at work."""
 
@@ -408,21 +351,11 @@ class NodeGain(Fault):
         return f"{node.name} was started"
 
 
-def _flip(file: Path) -> int:
-    """Change a bit in the middle of a file; where."""
-    with open(file, "r+b") as data:
-        at = os.fstat(data.fileno()).st_size // 2
-        data.seek(at)
-        byte = data.read(1)[0]
-        data.seek(at)
-        data.write(bytes([byte ^ FLIPPED_BIT]))
-    return at
-
-
 FAULTS: dict[str, type[Fault]] = {
     fault.kind: fault
     for fault in (
         WorkerKill, WorkerError, SoftwareCrash, AgentKill, NodeLoss, Maintenance, TwoNodes, LinkCut, OneWayLoss, Flap,
-        SlowLink, Freeze, Hang, Straggler, OutOfMemory, DiskFull, ReadOnly, BitRot, NodeGain,
+        SlowLink, Freeze, Hang, Straggler, OutOfMemory, DiskFull, ReadOnly, BitRot, TornWrite,
+        SwappedShards, RotInRam, NodeGain,
     )
 }  # fmt: skip

@@ -93,6 +93,7 @@ class Service:
         self._asked = False  # a worker ended because it was asked to
         self._settles = False  # the keeper is asked to come to an end with what the workers left
         self._forsaken = False  # a node of this generation is lost
+        self._away = False  # storage does not answer, which was said
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
         self._server: Server | None = None
@@ -430,9 +431,14 @@ class Service:
         except Fenced as error:
             self._agent.refuse(str(error), error.exit_code)
         except (CkptError, OSError) as error:
-            log.warning("%s cannot be read: %s", self._roster.run.url, error)
+            if not self._away:
+                log.warning("%s cannot be read, and is asked again until it can: %s", self._roster.run.url, error)
+            self._away = True
             self._agent.look_failed(time.monotonic())
         else:
+            if self._away:
+                log.warning("%s can be read again", self._roster.run.url)
+            self._away = False
             self._agent.looked(seen, time.monotonic())
         self._carry_out()
 

@@ -209,7 +209,6 @@ class Service:
         self._notices.close()
         if self._ticking is not None:  # what is said last of the leader's counter stands
             self._ticking.cancel()
-        await self._write_ledger()
         leads = self._agent.leads and self._agent.membership is not None
         if leads:  # others need not wait for the counter to stand still
             done = self._exit is not None and self._exit.code == 0
@@ -222,6 +221,7 @@ class Service:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(LINGER_S):
                     await self._in_storage(self._roster.withdraw)
+        await self._write_ledger()
         if leads and self._exit is not None:
             readers = [link.reader for link in self._down.values() if link.reader is not None]
             if readers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,12 @@ DEADLINE_S = 30.0
 
 
 @asynccontextmanager
-async def ground_of(folder: Path, can: frozenset[str], nodes: int = 2, store_mb: int = 0) -> AsyncIterator[Ground]:
-    """Nodes with stand-in agents, ready for faults; nothing is left of them."""
+async def ground_of(
+    folder: Path, can: frozenset[str], nodes: int = 2, store_mb: int = 0, command: Sequence[str] = ()
+) -> AsyncIterator[Ground]:
+    """Nodes with stand-in agents, ready for faults, which see what `command` names; nothing is left of them."""
     scenario = Scenario("faults", "faults themselves", (), nodes=nodes + 1, store_mb=store_mb)
-    ground = Ground(scenario, folder, [], can, 0, time.monotonic())
+    ground = Ground(scenario, folder, command, can, 0, time.monotonic())
     agent = [sys.executable, "-S", str(TESTS / "chaos_agent.py"), *(["answers"] if "boxes" in can else [])]
     ground.place = replace(ground.place, command=agent, keep=(*ground.place.keep, str(TESTS.parent)))
     try:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -375,6 +376,25 @@ def test_a_node_has_its_own_name_memory_and_addresses(tmp_path: Path) -> None:
             assert socket.gethostname() != "n1"
 
     asyncio.run(act())
+
+
+@boxed
+def test_a_script_in_the_folder_for_temporary_files_is_seen_by_nodes_and_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # where nodes have a folder of their own
+        script = Path(folder) / "train.py"
+        script.write_text("print('mine')\n")
+        monkeypatch.chdir(folder)
+
+        async def act() -> None:
+            async with ground_of(tmp_path, CAN, nodes=1, command=[str(script)]) as ground:
+                (node,) = ground.nodes.values()
+                seen = Path(f"/proc/{node.processes()[0]}/root{script}")
+                assert seen.read_text() == "print('mine')\n"
+
+        asyncio.run(act())
+        assert script.read_text() == "print('mine')\n"
 
 
 @boxed

@@ -61,12 +61,14 @@ class Tracked(Standbys):
 
 @pytest.fixture
 def made() -> Iterator[Standbys]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     found = Tracked(["colorsys"])
     yield found
     found.close()
     for worker in found.workers:
         worker.kill()
         worker.wait()
+    signal.signal(signal.SIGINT, before)
     assert standbys_of(os.getpid()) == []
 
 

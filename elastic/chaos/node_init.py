@@ -35,9 +35,9 @@ def make_folders(spec: dict[str, Any]) -> None:
         inside = f"/proc/self/fd/{fd}"
         if os.path.isdir(inside):
             os.makedirs(path, exist_ok=True)
-        else:
+        elif not os.path.exists(path):  # else it is the user's own, in a folder that was kept
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            open(path, "w").close()
+            open(path, "x").close()
         subprocess.run(["mount", "--no-canonicalize", "--bind", inside, path], check=True, pass_fds=[fd])
 
 

@@ -33,7 +33,7 @@ from ckpt.log import View
 from ckpt.manifest import BLOCK_BYTES, PART_LIMIT_BYTES, Chunk, Part, decode_part, matches, part_name
 from ckpt.plan import RUN_BYTES, SAFETENSORS_DTYPE, Segment, entry_name
 from ckpt.reading import verify_chunks
-from ckpt.records import Commit, Unknown, slot_name
+from ckpt.records import Commit, slot_name
 from ckpt.restorer import StepReader
 from ckpt.run import LOG, RunDirectory
 from ckpt.slices import Slice, cover_fault, whole
@@ -100,14 +100,10 @@ def is_whole(run: RunDirectory, commit: Commit, *, thorough: bool) -> bool:
 
 
 def check_log(view: View) -> list[Finding]:
-    """Records that stand in the log and have no effect: no writer of this version appends one.
-
-    A void slot (a crash on a store without hard links) and kinds of a later minor version are as they should be.
-    """
+    """Records that stand in the log and have no effect, though no writer of this version appends one."""
     return [
         Finding(f"{LOG}/{slot_name(ignored.slot)}", f"a {type(ignored.entry).__name__.lower()} record {ignored.reason}")
-        for ignored in view.ignored
-        if ignored.entry is not None and not isinstance(ignored.entry, Unknown)
+        for ignored in view.without_effect
     ]
 
 

@@ -56,6 +56,13 @@ class View:
     requests: tuple[tuple[int, Request], ...] = ()  # (slot, request)
     ignored: tuple[Ignored, ...] = ()
 
+    @property
+    def without_effect(self) -> tuple[Ignored, ...]:
+        """Records that no writer of this version appends; a void slot (a crash on a store without hard links) and kinds
+        of a later minor version are as they should be.
+        """
+        return tuple(each for each in self.ignored if each.entry is not None and not isinstance(each.entry, Unknown))
+
     def after(self, entry: Entry) -> View:
         """The view once `entry` stands in slot `next_slot`."""
         return self.extend((entry,))

@@ -450,7 +450,7 @@ def test_an_interrupt_exits_130(main: Main, saved: Path, monkeypatch: pytest.Mon
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ckpt.cli.verify, "check_step", interrupted)
+    monkeypatch.setattr(ckpt.check, "check_step", interrupted)
     assert main("check", saved) == (130, "", "\ninterrupted\n")
 
 

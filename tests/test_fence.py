@@ -61,6 +61,19 @@ def test_a_step_waits_for_the_copy(name: str) -> None:
     assert scheduler is None or is_fenced(optimizer)
 
 
+def test_a_compiled_step_waits_each_time_it_has_to() -> None:
+    """The compiler leaves the hook as it is: it neither runs it while it traces nor takes its answer for all steps."""
+    net = model(0)
+    optimizer, fence, waited = torch.optim.AdamW(net.parameters()), Fence(), list[int]()
+    stepped(optimizer, net)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for save in range(3):
+        fence.guard([optimizer], lambda save=save: waited.append(save))
+        compiled()
+        compiled()
+    assert waited == [0, 1, 2]
+
+
 def test_two_saves_without_a_step_are_both_waited_for() -> None:
     net = model(0)
     optimizer, seen, fence = MAKERS["sgd"](list(net.parameters())), list[int](), Fence()

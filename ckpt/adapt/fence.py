@@ -56,6 +56,8 @@ class _Gate:
     def __init__(self) -> None:
         self._waits: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+        # Not as a decorator: this imports the compiler, which an optimizer in this process has done already.
+        self._pass = torch.compiler.disable(self._wait)  # type: ignore[no-untyped-call]
 
     def shut(self, wait: Callable[[], None]) -> None:
         with self._lock:
@@ -68,8 +70,10 @@ class _Gate:
         with self._lock:
             self._waits.clear()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pass()
+
+    def _wait(self) -> None:
         with self._lock:
             waits, self._waits = self._waits, []
         for wait in waits:

@@ -2,7 +2,8 @@
 
 Owns what is printed. Data goes to stdout, as tables or with --json as one JSON document; progress, warnings and
 errors go to stderr, and the exit code says how it ended (`ckpt --help` lists them). At a terminal, tables fit its
-width and long names are wrapped; elsewhere a row is one line of plain text, never cut short, without colour.
+width and long names are wrapped; elsewhere a row is one line of plain text, never cut short, without colour. What needs
+torch is imported by the commands that need it, once they run: help, completion and `ls` do not wait seconds for it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import click
 
-from ckpt.bench import MOVES, amount, cost_of, measure
 from ckpt.console import Json, byte_progress, columns, json_option, output, plain, say, url_argument
 from ckpt.errors import NotFound
 from ckpt.manifest import digest, strong_digest
@@ -49,6 +48,8 @@ def bench(url: str, mb: int, state_gb: float | None, mtbf_h: float, as_json: boo
               "durable_s": float, "restored_s": float, "mtbf_s": float,
               "interval_s": float, "lost": float}  # a share of the time
     """
+    from ckpt.bench import MOVES, amount, cost_of, measure
+
     store = open_store(url)
     nbytes = amount(mb << 20)
     state_bytes = round(state_gb * 1e9) if state_gb is not None else _newest_bytes(store)

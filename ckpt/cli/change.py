@@ -23,7 +23,6 @@ from ckpt.console import (
     strict_fencing_option,
     url_argument,
 )
-from ckpt.copying import copy_steps
 from ckpt.errors import Fenced
 from ckpt.holder import Holder, carry_out, check_fencing, is_gone
 from ckpt.log import View
@@ -273,6 +272,8 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, strict_fenci
        "copied": [{"step": int, "attempt": str, "nbytes": int}],
        "there_already": [int]}
     """
+    from ckpt.copying import copy_steps
+
     run, view, number = open_at(source)
     commits = view.standing() if every and number is None else [find(run, view, number)]
     into = RunDirectory.open(target, create=True)

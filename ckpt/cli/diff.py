@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ckpt.console import Json, columns, count, find, json_option, open_at, output, plain, say
-from ckpt.diff import Difference, Differences, compare_steps
 from ckpt.records import Commit
-from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 from ckpt.sharding import TensorSpec
+
+if TYPE_CHECKING:
+    from ckpt.diff import Difference, Differences
 
 
 @click.command()
@@ -47,6 +49,9 @@ def diff(left: str, right: str, every: bool, as_json: bool) -> None:
       SIDE = {"url": str, "step": int}
       SPEC = {"dtype": str, "shape": [int]} | null
     """
+    from ckpt.diff import compare_steps
+    from ckpt.restorer import StepReader
+
     sides = _side(left), _side(right)
     with _progress() as told:
         found = compare_steps(StepReader(*sides[0]), StepReader(*sides[1]), told)

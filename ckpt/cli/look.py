@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
 
-from ckpt.check import Values, check_log
 from ckpt.console import (
     Json,
     age,
@@ -31,10 +31,12 @@ from ckpt.layout import World
 from ckpt.log import View
 from ckpt.manifest import Part
 from ckpt.records import Commit
-from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
 from ckpt.sharding import Declared, OnMesh, Sharding
 from ckpt.symbolic import placement_code
+
+if TYPE_CHECKING:
+    from ckpt.check import Values
 
 
 @click.command("ls")
@@ -69,7 +71,7 @@ def list_steps(url: str, as_json: bool) -> None:
     run, view = open_run(url)
     listing = _listing(run, view)
     output(listing, as_json, _print_listing)
-    if ignored := check_log(view):
+    if ignored := view.without_effect:
         click.echo(f"warning: {count(len(ignored), 'record')} of the log without effect; see `ckpt check`", err=True)
     if not listing["steps"]:
         raise NotFound(f"{run.url}: this run has no checkpoint yet")
@@ -168,6 +170,9 @@ def show(url: str, step: int | None, as_json: bool) -> None:
 
 
 def _describe(run: RunDirectory, view: View, commit: Commit) -> Json:
+    from ckpt.check import Values
+    from ckpt.restorer import StepReader
+
     reader = StepReader(run, commit)
     world = reader.manifest.world
     shards: dict[str, list[int]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,9 +22,11 @@ from ckpt.console import (
     strict_fencing_option,
 )
 from ckpt.holder import Holder
-from ckpt.interop.moving import FORMATS, SHARD_BYTES, Format, Moved, export_step, import_step
-from ckpt.restorer import StepReader
+from ckpt.interop import FORMATS, SHARD_BYTES, Format
 from ckpt.run import RunDirectory
+
+if TYPE_CHECKING:
+    from ckpt.interop.moving import Moved
 
 
 @click.command("export")
@@ -51,6 +54,9 @@ def export_run(source: str, target: Path, form: Format, only: str, max_shard_byt
       {"from": str, "step": int, "to": str, "format": str, "tensors": int,
        "values": int, "nbytes": int, "notes": [str]}
     """
+    from ckpt.interop.moving import export_step
+    from ckpt.restorer import StepReader
+
     run, view, number = open_at(source)
     commit = find(run, view, number)
     with byte_progress(commit.nbytes) as told:
@@ -101,6 +107,8 @@ def import_file(
       {"from": str, "step": int, "to": str, "attempt": str, "tensors": int,
        "values": int, "nbytes": int, "notes": [str]}
     """
+    from ckpt.interop.moving import import_step
+
     run = RunDirectory.open(target, create=True)
     run.log.read()
     refuse_live(run, run.log.view.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")

@@ -8,7 +8,6 @@ from functools import partial
 
 import click
 
-from ckpt.check import is_whole
 from ckpt.console import Json, StartsCommand, age, count, json_option, output, plain, size, url_argument
 from ckpt.errors import Corrupt, NotFound
 from ckpt.resume import RESUME_FROM, Choice, Supervisor, asked_back, choose, environment
@@ -93,6 +92,8 @@ class _Plan:
 
     def make(self, failed: int | None) -> dict[str, str]:
         """Look again, say what was found, and return the environment. Thorough where the bytes were found damaged."""
+        from ckpt.check import is_whole
+
         run = self._open()
         if run is None:
             self.choice = Choice(None, False, "there is no run yet: it starts from nothing", None)

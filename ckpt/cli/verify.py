@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from ckpt.check import Finding, Report, check_log, check_step
 from ckpt.console import (
     Json,
     count,
@@ -29,6 +29,9 @@ from ckpt.console import (
 from ckpt.errors import Corrupt, NotFound
 from ckpt.records import Commit
 from ckpt.run import RunDirectory
+
+if TYPE_CHECKING:
+    from ckpt.check import Finding, Report
 
 
 @click.command()
@@ -61,6 +64,8 @@ def check(url: str, step: int | None, every: bool, as_json: bool) -> None:
     """
     if every and step is not None:
         raise click.UsageError("--step and --all exclude each other")
+    from ckpt.check import check_log
+
     run, view = open_run(url)
     chosen = [find(run, view, step)]
     if every:
@@ -79,6 +84,8 @@ def check(url: str, step: int | None, every: bool, as_json: bool) -> None:
 
 def _check_steps(run: RunDirectory, commits: Sequence[Commit]) -> list[Report]:
     """Check each; what retention deletes meanwhile is left out, and `NotFound` if nothing else was asked for."""
+    from ckpt.check import check_step
+
     reports: list[Report] = []
     with _progress(sum(commit.nbytes for commit in commits)) as advance:
         for commit in commits:

@@ -8,3 +8,9 @@ torchfile   what torch.save wrote; trusted: the child process for pickles that a
 dcpfiles    directories of torch.distributed.checkpoint; metadata: their pickle, read without running it
 moving      `ckpt export` and `ckpt import`
 """
+
+from typing import Final, Literal, get_args
+
+Format = Literal["safetensors", "hf", "dcp", "torch"]
+FORMATS: Final[tuple[Format, ...]] = get_args(Format)
+SHARD_BYTES: Final = 5_000_000_000  # files of the Hugging Face layout, at most

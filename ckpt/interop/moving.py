@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from ckpt.adapt.state import INLINE_ELEMENTS
 from ckpt.adapt.values import dtype_from_name, extend_encode
 from ckpt.errors import Incompatible, NotFound
 from ckpt.holder import Holder, discard
+from ckpt.interop import SHARD_BYTES, Format
 from ckpt.interop.dcpfiles import METADATA_NAME, read_dcp, write_dcp
 from ckpt.interop.files import Files, appearing, read_whole
 from ckpt.interop.hf import (
@@ -46,9 +47,6 @@ from ckpt.sharding import ITEMSIZE, Whole
 from ckpt.slices import Slice, flat_boxes
 from ckpt.writing import check_follows, commit_step, write_part
 
-Format = Literal["safetensors", "hf", "dcp", "torch"]
-FORMATS: Final[tuple[Format, ...]] = get_args(Format)
-SHARD_BYTES: Final = 5_000_000_000
 PART_BYTES: Final = 64 << 30
 """An import is written in as many parts as it takes of this size: several ranks read several files."""
 

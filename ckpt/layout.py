@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that one rank holds: tensors by key (ascending), ties, and the names of its values."""
+    """All that one rank holds: tensors by key (ascending), ties, and the names of its values, as collected."""
 
     entries: tuple[Entry, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (other name, key under which the tensor is stored)

@@ -98,6 +98,7 @@ ORDER = [
     "ckpt.interop.tree",
     "ckpt.interop.files",
     "ckpt.interop.hf",
+    "ckpt.interop.folder",
     "ckpt.interop.torchfile",
     "ckpt.interop.trusted",
     "ckpt.interop.metadata",

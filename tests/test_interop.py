@@ -216,16 +216,50 @@ def test_wrapped_names_strided_tensors_and_old_files_come_in(tmp_path: Path) -> 
     assert ckpt.load(tmp_path / "new")["rng/1"] == 5
 
 
-def test_an_optimizer_is_kept_as_plain_tensors_where_its_parameters_cannot_be_told(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    groups = [{"params": [net[0].weight, net[1].weight]}, {"params": [net[0].bias, net[1].bias]}]
-    optim = torch.optim.AdamW(groups)
-    net(torch.ones(1, 4)).sum().backward()
+@pytest.mark.parametrize("make", [lambda net: torch.optim.AdamW(net.parameters()), lambda net: grouped(net)])
+def test_an_exported_optimizer_is_what_load_state_dict_takes(
+    tmp_path: Path, make: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    """torch goes by the order in the file, whatever the names: "10.weight" sorts before "2.weight"."""
+    net, other = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))) for _ in range(2))
+    optim, loaded = make(net), make(other)
+    net(torch.randn(5, 4)).square().sum().backward()
+    optim.step()
+    with ckpt.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"model": net, "optim": optim}, blocking=True)
+    put_out(tmp_path / "run", tmp_path / "out.pt", "torch")
+    state = read_torch(tmp_path / "out.pt")
+    other.load_state_dict(state["model"])
+    loaded.load_state_dict(state["optim"])
+    assert same(loaded.state_dict(), optim.state_dict())
+
+
+def grouped(net: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of two groups, as the Trainer makes them: what decays, and what does not."""
+    parameters = dict(net.named_parameters())
+    groups = [{"params": [p for n, p in parameters.items() if n.endswith(kind)]} for kind in ("weight", "bias")]
+    return torch.optim.AdamW([{**groups[0], "weight_decay": 0.3}, groups[1]], lr=0.01)
+
+
+def test_an_optimizer_is_stored_by_number_where_its_parameters_cannot_be_told(tmp_path: Path) -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    optim = grouped(net)
+    net(torch.randn(5, 4)).square().sum().backward()
     optim.step()
     torch.save({"model": net.state_dict(), "optim": optim.state_dict()}, tmp_path / "a.pt")
     moved = load_in(tmp_path / "a.pt", tmp_path / "a")
-    assert "says nothing about their order" in moved.notes[0]
-    assert same(ckpt.load(tmp_path / "a")["optim/state/0/exp_avg"], optim.state_dict()["state"][0]["exp_avg"])
+    assert "says nothing about their order in the model; it was stored by number" in moved.notes[0]
+    other = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    restored = grouped(other)
+    with pytest.raises(ckpt.Incompatible, match=r"optim/group_of/model/0.weight"):
+        ckpt.restore(tmp_path / "a", {"model": other, "optim": restored})
+    ckpt.restore(tmp_path / "a", {"optim": restored}, only=["optim"])
+    assert same(restored.state_dict(), optim.state_dict())
+    put_out(tmp_path / "a", tmp_path / "optim.pt", "torch", "optim")
+    assert same(read_torch(tmp_path / "optim.pt"), optim.state_dict())
+    load_in(tmp_path / "optim.pt", tmp_path / "alone")
+    ckpt.restore(tmp_path / "alone", {"optim": grouped(other)})
+
     named = torch.optim.AdamW(net.named_parameters())  # which says it
     named.step()
     torch.save({"model": net.state_dict(), "optim": named.state_dict()}, tmp_path / "b.pt")
@@ -467,3 +501,133 @@ def test_half_a_gibibyte_takes_little_memory(tmp_path: Path) -> None:
 @pytest.mark.prove
 def test_two_gibibytes_take_little_memory_in_every_format(tmp_path: Path) -> None:
     _memory(tmp_path, "safetensors,hf,dcp,torch", 2)
+
+
+# Of frameworks
+
+
+def a_step(net: nn.Module, *objects: Any, inputs: torch.Tensor) -> None:
+    net(inputs).square().sum().backward()
+    for each in objects:
+        each.step()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_accelerate_saves_is_restored_and_what_we_export_it_loads(tmp_path: Path, safe: bool) -> None:
+    from accelerate import Accelerator
+
+    def prepared(seed: int) -> tuple[Any, ...]:
+        torch.manual_seed(seed)
+        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(11)))
+        optim = torch.optim.AdamW(net.parameters(), lr=0.01)
+        accelerator = Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(net, optim, torch.optim.lr_scheduler.StepLR(optim, 2))
+
+    accelerator, net, optim, sched = prepared(1)
+    for _ in range(3):
+        a_step(net, optim, sched, inputs=torch.randn(5, 4))
+    accelerator.save_state(str(tmp_path / "theirs"), safe_serialization=safe)
+    notes = load_in(tmp_path / "theirs", tmp_path / "run").notes
+    assert notes[0].endswith("a program's: random_states_0.pkl")
+    assert any("stored by number" in note for note in notes) is safe  # safetensors does not keep the order
+
+    _, *restored = prepared(2)
+    whole = dict(zip(("model", "optimizer", "scheduler"), restored, strict=True))
+    by_name, by_number = (["model", "scheduler"], ["optimizer"]) if safe else (list(whole), [])
+    for names in filter(None, (by_name, by_number)):
+        ckpt.restore(tmp_path / "run", {name: whole[name] for name in names}, only=names)
+    for one, two in zip((net, optim, sched), restored, strict=True):
+        assert same(one.state_dict(), two.state_dict())
+
+    put_out(tmp_path / "run", tmp_path / "ours", "hf", "model")
+    put_out(tmp_path / "run", tmp_path / "ours" / "optimizer.bin", "torch", "optimizer")
+    put_out(tmp_path / "run", tmp_path / "sched.pt", "torch", "scheduler")
+    torch.save(read_torch(tmp_path / "sched.pt")["scheduler"], tmp_path / "ours" / "scheduler.bin")
+    other, *loaded = prepared(3)
+    other.load_state(str(tmp_path / "ours"))
+    for one, two in zip((net, optim, sched), loaded, strict=True):
+        assert same(one.state_dict(), two.state_dict())
+
+
+def test_what_the_trainer_saves_is_restored_and_what_we_export_it_loads(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    data = [{name: torch.randint(0, 50, (8,)) for name in ("input_ids", "labels")} for _ in range(8)]
+
+    def trainer(folder: str, steps: int) -> Any:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / folder), max_steps=steps, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        return transformers.Trainer(transformers.GPT2LMHeadModel(config), arguments, train_dataset=data)
+
+    first = trainer("first", 2)
+    first.train()
+    theirs = tmp_path / "first" / "checkpoint-2"
+    notes = load_in(theirs, tmp_path / "run").notes
+    assert "rng_state.pth, training_args.bin" in notes[0]
+    assert "2 groups name parameters by number" in notes[1]
+    second = trainer("second", 2)
+    second.create_optimizer_and_scheduler(2)
+    ckpt.restore(tmp_path / "run", {"model": second.model}, only=["model"])
+    ckpt.restore(tmp_path / "run", {"optimizer": second.optimizer}, only=["optimizer"])
+    assert same(second.model.state_dict(), first.model.state_dict())
+    assert same(second.optimizer.state_dict(), first.optimizer.state_dict())
+    assert ckpt.load(tmp_path / "run", keys=["trainer_state"])["trainer_state"]["global_step"] == 2
+
+    ours = tmp_path / "ours" / "checkpoint-2"
+    ours.parent.mkdir()
+    put_out(tmp_path / "run", ours, "hf", "model")
+    put_out(tmp_path / "run", ours / "optimizer.pt", "torch", "optimizer")
+    for name in ("config.json", "trainer_state.json", "training_args.bin", "rng_state.pth", "scheduler.pt"):
+        (ours / name).write_bytes((theirs / name).read_bytes())
+    losses = []
+    for start in (theirs, ours):
+        third = trainer("third", 4)
+        third.train(resume_from_checkpoint=str(start))
+        losses.append([p.detach().clone() for p in third.model.parameters()])
+    assert same(*losses)
+
+
+def test_what_lightning_saves_is_restored_and_what_we_export_it_loads(tmp_path: Path) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(11)))
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.net(batch).square().sum()
+
+        def configure_optimizers(self) -> Any:
+            optim = torch.optim.AdamW(self.parameters(), lr=0.01)
+            return [optim], [torch.optim.lr_scheduler.StepLR(optim, 1)]
+
+    def fitted(steps: int, start: Path | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(1)
+        module = Module()
+        trainer = lightning.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(torch.randn(24, 4), 2), ckpt_path=start)
+        return trainer, module
+
+    trainer, module = fitted(3)
+    trainer.save_checkpoint(tmp_path / "theirs.ckpt")
+    assert load_in(tmp_path / "theirs.ckpt", tmp_path / "run").notes == ()
+    restored = Module()
+    (optim,), _ = restored.configure_optimizers()
+    keys = ["state_dict", "optimizer_states"]
+    ckpt.restore(tmp_path / "run", {"state_dict": restored, "optimizer_states": [optim]}, only=keys)
+    assert same(restored.state_dict(), module.state_dict())
+    assert same(optim.state_dict(), trainer.optimizers[0].state_dict())
+
+    put_out(tmp_path / "run", tmp_path / "ours.ckpt", "torch")
+    ends = [fitted(6, start)[1].state_dict() for start in (tmp_path / "theirs.ckpt", tmp_path / "ours.ckpt")]
+    assert same(*ends)
+    assert not same(ends[0], fitted(6)[1].state_dict())

@@ -137,7 +137,7 @@ class Collected:
         return Layout(
             tuple(sorted(entries, key=lambda entry: entry.key)),
             tuple(sorted(self.aliases.items())),
-            tuple(sorted(self.values)),
+            tuple(self.values),  # in the order of an optimizer's groups: other libraries go by it
             tuple(sorted(self.rank_values)),
         )
 

@@ -22,7 +22,7 @@ from ckpt.console import (
     strict_fencing_option,
 )
 from ckpt.holder import Holder
-from ckpt.interop import FORMATS, SHARD_BYTES, Format
+from ckpt.interop import FORMATS, SHARD_BYTES, SOURCES, Format, Source
 from ckpt.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def export_run(source: str, target: Path, form: Format, only: str, max_shard_byt
 @click.argument("source", metavar="FROM", type=click.Path(path_type=Path))
 @click.argument("target", metavar="URL")
 @click.option("--step", type=click.IntRange(min=0), required=True, metavar="N", help="Its step number in the run.")
-@click.option("--format", "form", type=click.Choice(["auto", *FORMATS]), default="auto", show_default=True,
+@click.option("--format", "form", type=click.Choice(SOURCES), default="auto", show_default=True,
               help="Whose checkpoint it is.")  # fmt: skip
 @click.option("--prefix", default="", metavar="KEY", help="Where it goes in the state, as `model`.")
 @click.option("--only", default="", metavar="KEY", help="Only what lies at this key of the file.")
@@ -81,7 +81,7 @@ def import_file(
     source: Path,
     target: str,
     step: int,
-    form: Format,
+    form: Source,
     prefix: str,
     only: str,
     trust_pickle: bool,
@@ -91,10 +91,11 @@ def import_file(
 ) -> None:
     """Make a step of a run out of a checkpoint of another library.
 
-    FROM is a file of safetensors or torch.save, or a directory of DCP or in the layout of Hugging Face; the run at URL
-    is begun where there is none. Optimizers are told apart and stored by parameter, so that
-    `checkpointer.restore({"model": model, "optim": optim})` finds them; where it cannot be said which parameter is
-    which, that is said. Pickles are never run without --trust-pickle. Exits 11 if a job holds the run.
+    FROM is a file of safetensors or torch.save, a directory of DCP or in the layout of Hugging Face, or a folder of
+    Accelerate's save_state or of the Trainer (training); the run at URL is begun where there is none. Optimizers are
+    stored by parameter, so that `checkpointer.restore({"model": model, "optim": optim})` finds them; where it cannot be
+    said which parameter is which they are stored by number, for a restore without the model, and that is said. Pickles
+    are never run without --trust-pickle. Exits 11 if a job holds the run.
 
     \b
     Examples:

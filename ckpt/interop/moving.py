@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
@@ -23,9 +23,10 @@ from ckpt.adapt.state import INLINE_ELEMENTS
 from ckpt.adapt.values import dtype_from_name, extend_encode
 from ckpt.errors import Incompatible, NotFound
 from ckpt.holder import Holder, discard
-from ckpt.interop import SHARD_BYTES, Format
+from ckpt.interop import SHARD_BYTES, Format, Source
 from ckpt.interop.dcpfiles import METADATA_NAME, read_dcp, write_dcp
 from ckpt.interop.files import Files, appearing, read_whole
+from ckpt.interop.folder import is_training, read_training
 from ckpt.interop.hf import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -171,7 +172,7 @@ def import_step(
     source: Path,
     holder: Holder,
     step: int,
-    form: Format | Literal["auto"] = "auto",
+    form: Source = "auto",
     *,
     prefix: str = "",
     only: str = "",
@@ -190,8 +191,8 @@ def import_step(
     with ExitStack() as stack:
         files = Files()
         stack.callback(files.close)
-        tree, notes = _read(source, form, trust_pickle, files, stack)
-        content = content_of(tree, prefix, only)
+        tree, notes, ordered = _read(source, form, trust_pickle, files, stack)
+        content = content_of(tree, prefix, only, ordered)
         values = {name: _encoded(name, value, files) for name, value in content.values.items()}
         total = sum(leaf.spec.nbytes for leaf in content.tensors.values())
         on_begin(total)
@@ -199,29 +200,41 @@ def import_step(
     return commit, Moved(len(content.tensors), len(values), total, (*notes, *content.notes))
 
 
-def _read(source: Path, form: str, trust_pickle: bool, files: Files, stack: ExitStack) -> tuple[Any, list[str]]:
-    chosen = form if form != "auto" else detect(source)
-    match chosen:
+def _read(
+    source: Path, form: Source, trust_pickle: bool, files: Files, stack: ExitStack
+) -> tuple[Any, list[str], bool]:
+    """The tree, what a person should know, and whether models in it list their parameters in their own order."""
+    notes: list[str] = []
+
+    def pickled(path: Path) -> Any:
+        if not path.is_file():
+            raise NotFound(f"{path}: there is no such file")
+        if not trust_pickle:
+            return read_torch(path, files, "If you trust whoever wrote it, pass --trust-pickle")
+        into = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-import-"))) / "plain.pt"
+        notes.extend(unpickle_apart(path, into))
+        return read_torch(into, files, "The child process wrote it so; this file cannot be imported")
+
+    match form if form != "auto" else detect(source):
         case "safetensors":
-            return read_safetensors(source, files), []
+            return read_safetensors(source, files), [], False
         case "hf":
-            return read_hf(source, files), []
+            return read_hf(source, files), [], False
         case "dcp":
-            return read_dcp(source, files), []
-    if not source.is_file():
-        raise NotFound(f"{source}: there is no such file")
-    if not trust_pickle:
-        return read_torch(source, files, "If you trust whoever wrote it, pass --trust-pickle"), []
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-import-")))
-    notes = unpickle_apart(source, folder / "plain.pt")
-    return read_torch(folder / "plain.pt", files, "The child process wrote it so; this file cannot be imported"), notes
+            return read_dcp(source, files), [], False
+        case "training":
+            tree, left, ordered = read_training(source, files, pickled)
+            return tree, [*notes, *left], ordered
+    return pickled(source), notes, True
 
 
-def detect(source: Path) -> Format:
+def detect(source: Path) -> Source:
     """The format of what lies at `source`. Raises NotFound, or Incompatible where it is none of them."""
     if source.is_dir():
         if (source / METADATA_NAME).exists():
             return "dcp"
+        if is_training(source):
+            return "training"
         if (source / INDEX_NAME).exists() or (source / SINGLE_NAME).exists():
             return "hf"
         raise Incompatible(f"{source}: neither {METADATA_NAME} (DCP) nor {INDEX_NAME} nor {SINGLE_NAME} lies there")
@@ -254,7 +267,7 @@ def _write(
     on_bytes: OnBytes,
 ) -> Commit:
     entries = (Entry(key, leaf.spec, Whole(), "parameter") for key, leaf in sorted(content.tensors.items()))
-    layout = Layout(tuple(entries), tuple(sorted(content.aliases.items())), tuple(sorted(values)))
+    layout = Layout(tuple(entries), tuple(sorted(content.aliases.items())), tuple(values))
     world = World((layout,), (0,) * max(parts, 1))
     start = holder.ensure_started("import")
     attempt, written = attempt_name(step, secrets.token_hex(4)), []

@@ -1,13 +1,15 @@
 """Optimizers: torch's state dicts, by name or by number of the parameter, and ours, by the parameter's key. Pure.
 
-A number says which parameter is meant only together with the model: where the file holds both, one group lists the
-parameters in the model's order, and every state fits the shape of its parameter. Anything less would be a guess, and
-a guess that is wrong trains on in silence.
+A number says which parameter is meant only together with the model: where the file holds both, in its own order, one
+group lists the parameters in that order, and every state fits the shape of its parameter. Anything less would be a
+guess, and a guess that is wrong trains on in silence: then the numbers stay, as `#<group>.<index>`, like those of an
+optimizer whose parameters no member of the state holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -24,9 +26,6 @@ class _Leaf(Protocol):
     def spec(self) -> TensorSpec: ...
 
 
-Models = Mapping[Path, Mapping[str, _Leaf]]
-
-
 def is_optimizer(node: Mapping[Any, Any]) -> bool:
     """Whether this is the state dict of a torch optimizer."""
     groups = node.get("param_groups")
@@ -37,27 +36,49 @@ def is_optimizer(node: Mapping[Any, Any]) -> bool:
     )
 
 
-def collect_optimizer(node: Mapping[str, Any], path: Path, models: Models) -> list[tuple[Path, object]] | str:
-    """The entries of an optimizer as a run stores them, or why it cannot be said which parameters they belong to."""
+@dataclass(frozen=True)
+class Models:
+    """The models in a file, by path: their tensors by name, in the order of the module's where that is `ordered`."""
+
+    leaves: Mapping[Path, Mapping[str, _Leaf]]
+    ordered: bool
+
+    def having(self, names: set[str]) -> Path | str:
+        """The one that has all of `names`, or what is wrong."""
+        paths = [path for path, leaves in self.leaves.items() if names <= leaves.keys()]
+        if len(paths) > 1:
+            paths = [path for path in paths if path and path[-1] in _LIKELY] or paths
+        if len(paths) == 1:
+            return paths[0]
+        return "several models in the file could be its own" if paths else "the file holds no model with its parameters"
+
+
+def collect_optimizer(
+    node: Mapping[str, Any], path: Path, models: Models
+) -> tuple[list[tuple[Path, object]], str] | str:
+    """The entries of an optimizer as a run stores them, and why by number, if so; or why there are none."""
     groups = node["param_groups"]
     listed = [list(group["params"]) for group in groups]
-    names = _names(groups, listed, node["state"], models)
-    if isinstance(names, str):
-        return names
-    key_path, by_id = names
+    if len({repr(each) for ids in listed for each in ids}) != sum(map(len, listed)):
+        return "it lists a parameter twice"
+    named = _names(groups, listed, node["state"], models)
+    if isinstance(named, str):
+        by_id: dict[Any, Path] = {i: (f"#{g}.{n}",) for g, ids in enumerate(listed) for n, i in enumerate(ids)}
+    else:
+        by_id = {each: (*named[0], component(name)) for each, name in named[1].items()}
     found: list[tuple[Path, object]] = []
     for index, (group, ids) in enumerate(zip(groups, listed, strict=True)):
         found.append(((*path, "groups", str(index)), hyperparameters(group)))
-        found += [((*path, "group_of", *key_path, component(by_id[each])), index) for each in ids]
+        found += [((*path, "group_of", *by_id[each]), index) for each in ids]
     for each, entries in node["state"].items():
         if not isinstance(entries, dict) or each not in by_id:
             return f"it has state for {str(each)[:80]!r}, which is in none of its groups"
-        base = (*path, "state", *key_path, component(by_id[each]))
+        base = (*path, "state", *by_id[each])
         for name, item in entries.items():
             if isinstance(item, dict | list | tuple) and any(_is_leaf(inner) for inner in _flat(item)):
                 return f"its state {str(name)[:80]!r} holds tensors in lists"
             found.append(((*base, component(str(name))), item))
-    return found
+    return found, named if isinstance(named, str) else ""
 
 
 def _names(
@@ -65,31 +86,22 @@ def _names(
 ) -> tuple[Path, dict[Any, str]] | str:
     """Where the model is, and the name of each parameter in it; or what is missing."""
     ids = [each for group in listed for each in group]
-    if len(set(map(repr, ids))) != len(ids):
-        return "it lists a parameter twice"
     by_name = all(isinstance(each, str) for each in ids)
     named = [group.get("param_names") for group in groups]
     if by_name or all(isinstance(n, list | tuple) and len(n) == len(i) for n, i in zip(named, listed, strict=True)):
         names = ids if by_name else [str(name) for group in named for name in group or ()]
-        where = _model_with(set(names), models)
+        where = models.having(set(names))
         return where if isinstance(where, str) else (where, dict(zip(ids, names, strict=True)))
     if len(groups) != 1:
         return f"its {len(groups)} groups name parameters by number, which says nothing about their order in the model"
+    if not models.ordered:
+        return "it names parameters by number, and the model is in a format that does not keep their order"
     return _by_order(ids, state, models)
-
-
-def _model_with(names: set[str], models: Models) -> Path | str:
-    paths = [path for path, leaves in models.items() if names <= leaves.keys()]
-    if len(paths) > 1:
-        paths = [path for path in paths if path and path[-1] in _LIKELY] or paths
-    if len(paths) == 1:
-        return paths[0]
-    return "the file holds no model with its parameters" if not paths else "several models in the file could be its own"
 
 
 def _by_order(ids: Sequence[Any], state: Mapping[Any, Any], models: Models) -> tuple[Path, dict[Any, str]] | str:
     fitting = []
-    for path, leaves in models.items():
+    for path, leaves in models.leaves.items():
         names = _in_order(leaves, len(ids))
         if names is not None and all(_fits(state.get(i), leaves[n]) for i, n in zip(ids, names, strict=True)):
             fitting.append((path, dict(zip(ids, names, strict=True))))
@@ -149,19 +161,24 @@ def optimizers_in(values: Mapping[str, object]) -> list[str]:
 def optimizer_tree(where: str, held: Mapping[str, object]) -> dict[str, Any]:
     """The state dict with names instead of numbers, as `torch.distributed.checkpoint.state_dict` makes and takes it.
 
-    Names are those in the model where all parameters are of one, else the whole keys with dots.
+    Names are those in the model where all parameters are of one, else the whole keys with dots; numbers where the
+    step has no names. `held` is in the order of the groups, which is how `Optimizer.load_state_dict` goes about it.
     """
     group_of = {key.removeprefix(f"{where}/group_of/"): g for key, g in held.items() if "/group_of/" in key}
     one = len({name.rpartition("/")[0] for name in group_of}) == 1
-    names = {key: unquote(key.rpartition("/")[2]) if one else unquote(key.replace("/", ".")) for key in group_of}
+    names: dict[str, str | int] = {
+        key: unquote(key.rpartition("/")[2]) if one else unquote(key.replace("/", ".")) for key in group_of
+    }
+    if all(key.startswith("#") for key in names):
+        names = {key: number for number, key in enumerate(names)}
     groups = {int(key.rpartition("/")[2]): value for key, value in held.items() if key.startswith(f"{where}/groups/")}
-    state: dict[str, dict[str, object]] = {}
+    state: dict[str | int, dict[str, object]] = {}
     for key, item in held.items():
         parameter, _, entry = key.removeprefix(f"{where}/state/").rpartition("/")
         if key.startswith(f"{where}/state/") and parameter in names:
             state.setdefault(names[parameter], {})[unquote(entry)] = item
     param_groups = []
     for index, group in sorted(groups.items()):
-        mine = [names[key] for key in sorted(group_of) if group_of[key] == index]
+        mine = [names[key] for key in group_of if group_of[key] == index]
         param_groups.append({**(group if isinstance(group, dict) else {}), "params": mine})
     return {"state": state, "param_groups": param_groups}

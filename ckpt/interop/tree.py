@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from ckpt.adapt.members import selected
 from ckpt.adapt.state import Path, component, key_of
 from ckpt.errors import Incompatible, NotFound
-from ckpt.interop.optimizers import collect_optimizer, is_optimizer, optimizer_tree, optimizers_in
+from ckpt.interop.optimizers import Models, collect_optimizer, is_optimizer, optimizer_tree, optimizers_in
 from ckpt.sharding import TensorSpec
 
 WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -39,15 +39,20 @@ class Content:
     notes: list[str] = field(default_factory=list)
 
 
-def content_of(tree: object, prefix: str = "", only: str = "") -> Content:
-    """The keys and values of `tree`, or of what lies at `only` in it, below `prefix`. Raises Incompatible, NotFound."""
+def content_of(tree: object, prefix: str = "", only: str = "", ordered: bool = True) -> Content:
+    """The keys and values of `tree`, or of what lies at `only` in it, below `prefix`. Raises Incompatible, NotFound.
+
+    `ordered`: models in it list their parameters in the order of the module.
+    """
     node = _descend(tree, only)
     if not isinstance(node, dict):
         node, prefix = {prefix.rpartition("/")[2] or "data": node}, prefix.rpartition("/")[0]
+    elif is_optimizer(node):
+        prefix = prefix or "optim"
     root = tuple(prefix.split("/")) if prefix else ()
     out, found = Content(), dict[str, Leaf]()
     node = _unwrapped(node, root, out.notes, 0)
-    models = dict(_models(node, root))
+    models = Models(dict(_models(node, root)), ordered)
     for path, item in _members(node, root, models, out.notes):
         _put(found if isinstance(item, Leaf) else out.values, key_of(path), item)
     _tie(found, out)
@@ -100,9 +105,7 @@ def _models(node: dict[Any, Any], path: Path) -> Iterator[tuple[Path, dict[str, 
             yield from _models(item, (*path, component(str(name))))
 
 
-def _members(
-    node: Any, path: Path, models: Mapping[Path, dict[str, Leaf]], notes: list[str], depth: int = 0
-) -> Iterator[tuple[Path, object]]:
+def _members(node: Any, path: Path, models: Models, notes: list[str], depth: int = 0) -> Iterator[tuple[Path, object]]:
     if isinstance(node, Leaf):
         yield path, node
     elif isinstance(node, dict) and is_optimizer(node):
@@ -111,7 +114,10 @@ def _members(
             notes.append(f"{key_of(path)}: {collected}; its tensors were kept as they are, not as an optimizer's state")
             yield from _items(node, path, models, notes, depth)
         else:
-            yield from collected
+            entries, why = collected
+            if why:
+                notes.append(f"{key_of(path)}: {why}; it was stored by number, for a restore without its model")
+            yield from entries
     elif path and not has_leaf(node):
         yield path, node
     elif isinstance(node, dict | list | tuple):
@@ -123,9 +129,7 @@ def _members(
         )
 
 
-def _items(
-    node: Any, path: Path, models: Mapping[Path, dict[str, Leaf]], notes: list[str], depth: int
-) -> Iterator[tuple[Path, object]]:
+def _items(node: Any, path: Path, models: Models, notes: list[str], depth: int) -> Iterator[tuple[Path, object]]:
     if depth > _DEPTH_LIMIT:
         raise Incompatible(f"{key_of(path)[:200]}: nested more than {_DEPTH_LIMIT} levels deep")
     for name, item in node.items() if isinstance(node, dict) else enumerate(node):
@@ -168,7 +172,7 @@ def tree_of(
     `values[name](refs)` makes the value with the tensors that were stored apart from it, by their names below it.
     """
     chosen = (only,) if only else None
-    names = {name for name in values if selected(name, chosen)}
+    names = [name for name in values if selected(name, chosen)]  # in their order
     keys = {key: leaf for key, leaf in tensors.items() if selected(key, chosen)}
     if not names and not keys:
         raise NotFound(f"the step holds nothing at {only!r}; `ckpt show` lists what it holds")
@@ -186,7 +190,8 @@ def tree_of(
         if where == only:
             return made
     found.update({tuple(key.split("/")): item for key, item in plain.items()})
-    return _nested(found, len(only.split("/")) if only else 0)
+    tree = _nested(found, len(only.split("/")) if only else 0)
+    return {name: _with_lists(item) for name, item in tree.items()}
 
 
 def _nested(found: Mapping[Path, object], stripped: int) -> dict[str, Any]:
@@ -202,3 +207,13 @@ def _nested(found: Mapping[Path, object], stripped: int) -> dict[str, Any]:
             raise Incompatible(f"{key_of(path)}: two entries of the step would have this name in the file")
         node[parts[-1]] = item
     return tree
+
+
+def _with_lists(node: Any) -> Any:
+    """Lists in place of the dicts that `_items` made of them: their names are 0, 1, ..."""
+    if not isinstance(node, dict):
+        return node
+    made = {name: _with_lists(item) for name, item in node.items()}
+    if made and made.keys() == set(map(str, range(len(made)))):
+        return [made[str(index)] for index in range(len(made))]
+    return made

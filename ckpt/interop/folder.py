@@ -1,0 +1,63 @@
+"""The folders that `Accelerator.save_state` and the Trainer of transformers write: weights, and a training beside them.
+
+Models come as `model`, `model_1`, ..., and optimizers, schedulers and gradient scalers by the names of their files.
+What is each rank's own (random generators, samplers) and what only runs as a pickle stays behind, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ckpt.errors import Corrupt
+from ckpt.interop.files import Files
+from ckpt.interop.hf import INDEX_NAME, SINGLE_NAME, read_hf, read_safetensors
+
+_WEIGHTS: Final = re.compile(r"(?:pytorch_)?(model(?:_\d+)?)\.(safetensors|bin)")
+_OBJECT: Final = re.compile(r"((?:optimizer|scheduler|scaler)(?:_\d+)?)\.(?:bin|pt)")
+_LEFT: Final = re.compile(
+    r"random_states_\d+\.pkl|rng_state(_\d+)?\.pth|(dl_state_dict|sampler|custom_checkpoint|training_args)[\w.]*"
+)
+_COUNTS: Final = "trainer_state.json"
+_COUNTS_LIMIT_BYTES: Final = 64 << 20
+
+
+def is_training(directory: Path) -> bool:
+    """Whether an optimizer lies there, or weights as `torch.save` writes them."""
+    names = [path.name for path in directory.iterdir()]
+    return any((_OBJECT.fullmatch(n) or _WEIGHTS.fullmatch(n)) and not n.endswith(".safetensors") for n in names)
+
+
+def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) -> tuple[dict[str, Any], list[str], bool]:
+    """The tree in a folder, what was left out, and whether its models list their parameters in their own order.
+
+    safetensors files do not. `read` gives the tree in a file of torch.save. Raises as the readers of the files do.
+    """
+    tree: dict[str, Any] = {}
+    left: list[str] = []
+    ordered = True
+    for path in sorted(directory.iterdir()):
+        if weights := _WEIGHTS.fullmatch(path.name):
+            ordered &= weights[2] == "bin"
+            tree[weights[1]] = read(path) if weights[2] == "bin" else read_safetensors(path, files)
+        elif found := _OBJECT.fullmatch(path.name):
+            tree[found[1]] = read(path)
+        elif _LEFT.fullmatch(path.name):
+            left.append(path.name)
+    if (directory / INDEX_NAME).exists() and not (directory / SINGLE_NAME).exists():
+        tree["model"], ordered = read_hf(directory, files), False
+    if (directory / _COUNTS).exists():
+        tree[_COUNTS.removesuffix(".json")] = _counts(directory / _COUNTS)
+    return tree, [f"left out, for it is each rank's own or a program's: {', '.join(left)}"] if left else [], ordered
+
+
+def _counts(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _COUNTS_LIMIT_BYTES:
+            raise Corrupt(f"{path}: over {_COUNTS_LIMIT_BYTES} bytes, which is the most that is read")
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{path}: cannot be read: {error}") from error

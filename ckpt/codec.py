@@ -51,6 +51,7 @@ ExtendDecode = Callable[[str, object], object]
 _EXTENSION, _BIG_INT, _SURROGATE_STR, _DICT = 0, 1, 2, 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FACTORIES: dict[str, type] = {t.__name__: t for t in (int, float, list, dict, set, str, bool, tuple)}
+COLLISIONS_LIMIT = 1000  # keys of one table with the hash of another one
 _NATIVE_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -203,6 +204,7 @@ class _Reader:
 
     def distinct(self, body: object, depth: int) -> set[object]:
         items = self.items(body, depth)
+        _spread(items)
         result = set(items)
         if len(result) != len(items):
             raise Corrupt("stored set repeats an item")
@@ -210,10 +212,18 @@ class _Reader:
 
     def dict(self, body: object, depth: int) -> dict[object, object]:
         pairs = [_array(pair, 2) for pair in _array(body)]
-        result = {self.value(key, depth + 1): self.value(item, depth + 1) for key, item in pairs}
+        keys = [self.value(key, depth + 1) for key, _ in pairs]
+        _spread(keys)
+        result = {key: self.value(item, depth + 1) for key, (_, item) in zip(keys, pairs, strict=True)}
         if len(result) != len(pairs):
             raise Corrupt("stored dict repeats a key")
         return result
+
+
+def _spread(keys: list[object]) -> None:
+    """Refuse keys that were chosen to have few hashes: the time to put them in a table grows with their square."""
+    if len(keys) > COLLISIONS_LIMIT and len(keys) - len(set(map(hash, keys))) > COLLISIONS_LIMIT:
+        raise Corrupt(f"stored value has {len(keys)} keys, most of which have the same hashes")
 
 
 def _expect(body: object, kind: type) -> Any:

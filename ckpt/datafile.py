@@ -62,7 +62,7 @@ class LocalFile:
     def __init__(self, path: str) -> None:
         self.name = path
         self._lock = threading.Lock()
-        self.fd = self._open(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        self.fd = self._open(lambda: direct.open_read(path))
         self._cold_fd: int | None = None
 
     def size(self) -> int:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 
 from ckpt.plan import ALIGN_BYTES
 
@@ -48,6 +49,17 @@ def create(path: str, nbytes: int) -> int:
         if nbytes and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             os.close(fd)
             raise
+    return fd
+
+
+def open_read(path: str) -> int:
+    """A descriptor of the file `path` for ordinary reads. OSError for a pipe or a terminal: those could wait."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(fd)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
+        raise OSError(number, os.strerror(number), path)
     return fd
 
 

@@ -103,7 +103,8 @@ class Holder:
     `Incompatible` where the store cannot keep two writers apart, unless `strict_fencing` is off.
 
     Where the launcher appended the start already (`given`), the first holder of a process takes that one; each later
-    start of this job names the same members.
+    start of this job names the same members. `seen`: what its caller has decided from; it takes the run only if nobody
+    has started since.
     """
 
     def __init__(
@@ -114,10 +115,11 @@ class Holder:
         takeover: bool,
         strict_fencing: bool = True,
         given: Given | None = None,
+        seen: View | None = None,
     ) -> None:
         check_fencing(run, strict_fencing)
         self.run = run
-        self._run_id, self._takeover = run_id, takeover
+        self._run_id, self._takeover, self._seen = run_id, takeover, seen
         self._given = given if given is not None and given.run == run.nonce else None
         self.start: Start | None = None
 
@@ -139,6 +141,7 @@ class Holder:
                 self.start = newest
                 return newest
             current = current or newest
+        expected = current.generation if current else self._seen.generation if self._seen else None
         self.start = self.run.log.append(
             lambda view: decide_start(
                 view,
@@ -148,7 +151,7 @@ class Holder:
                 base=base,
                 takeover=self._takeover or current is not None,
                 holder_gone=is_gone(view.holder),
-                expected_generation=current.generation if current else None,
+                expected_generation=expected,
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 boot_id=boot_id(),
@@ -307,17 +310,28 @@ def apply_retention(
 
 
 def carry_out(run: RunDirectory, plan: Plan, generation: int, holder_nonce: str) -> None:
-    """Retire the attempts of `plan`, and delete the bytes of all that are retired."""
-    if plan.attempts:
-        point("retire", attempts=list(plan.attempts))
-    for first in range(0, len(plan.attempts), RETIRED_AT_ONCE):
-        attempts, nonce = plan.attempts[first : first + RETIRED_AT_ONCE], secrets.token_hex(8)
+    """Retire the attempts of `plan`, and delete the bytes of all that are retired.
+
+    The newest first, so that no record retires what a step refers to that a later one would. An attempt whose bytes
+    the store does not delete stays for the next time; the error is raised once all others are gone.
+    """
+    leaving = plan.attempts[::-1]
+    if leaving:
+        point("retire", attempts=list(leaving))
+    for first in range(0, len(leaving), RETIRED_AT_ONCE):
+        attempts, nonce = leaving[first : first + RETIRED_AT_ONCE], secrets.token_hex(8)
         run.log.append(
             partial(decide_retire, generation=generation, holder_nonce=holder_nonce, nonce=nonce, attempts=attempts)
         )
+    failed: CkptError | None = None
     for name in run.attempts():
         if name in run.log.view.retired:
-            _delete_attempt(run, name)
+            try:
+                _delete_attempt(run, name)
+            except CkptError as error:
+                failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def _delete_attempt(run: RunDirectory, attempt: str) -> None:

@@ -6,6 +6,7 @@ believed. What records add up to is decided in `ckpt.log`.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -219,12 +220,19 @@ def decode_record(data: bytes) -> Record | Unknown:
     if data[len(body) :] != seal(body):
         raise Corrupt("log record does not match its own digest")
     try:
-        record = _from_fields(msgspec.json.decode(data))
+        record = _from_fields(json.loads(data, object_pairs_hook=_distinct))
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise Corrupt(f"log record cannot be read: {error}") from error
     if not isinstance(record, Unknown) and (problem := _problem(record)):
         raise Corrupt(f"log record of kind {type(record).__name__.lower()!r}: {problem}")
     return record
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field stands twice in it")
+    return found
 
 
 def seal(body: bytes) -> bytes:

@@ -141,7 +141,7 @@ class StepReader:
         except (OSError, CkptError):
             return None
         alike = part.content_digest() == self.manifest.parts[rank].content_digest
-        if not whole or not alike or any(chunk.file for chunk in part.chunks):
+        if not whole or not alike or any(chunk.file or chunk.packed for chunk in part.chunks):
             return None
         self._ranks_in_ram.add(rank)
         return part

@@ -67,6 +67,16 @@ class Plan:
     def attempts(self) -> tuple[str, ...]:
         return (*(commit.attempt for commit in self.leaving), *self.abandoned)
 
+    def within(self, earlier: Plan) -> Plan:
+        """This plan without what did not leave in an `earlier` one, which somebody has seen."""
+        said = set(earlier.attempts)
+        spared = {each.attempt: "for now: a step was adopted" for each in self.leaving if each.attempt not in said}
+        return Plan(
+            self.kept | spared,
+            tuple(each for each in self.leaving if each.attempt in said),
+            tuple(name for name in self.abandoned if name in said),
+        )
+
 
 def plan_retention(view: View, keep: Keep | None, present: Iterable[str] = (), in_flight: Collection[str] = ()) -> Plan:
     """What leaves under `keep` (None: nothing), and what was asked to be deleted.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
+SLABS_LIMIT, SLABS_PER_PART = 200_000, 64  # steps of one check: hostile boxes would take the square of their number
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slice:
@@ -70,10 +72,23 @@ def cover_fault(box: Slice, parts: Iterable[Slice]) -> str | None:
             return f"{part} has another number of dimensions than {box}"
         if not part.within(box):
             return f"{part} reaches outside {box}"
-    return _slab_fault(box, live, 0) if box.numel else None
+    if not box.numel:
+        return None
+    steps = SLABS_LIMIT + SLABS_PER_PART * len(live)
+    try:
+        return _slab_fault(box, live, 0, iter(range(steps)))
+    except _TooIntricate:
+        return f"{len(live)} boxes in {box} are cut so irregularly that this is not checked"
 
 
-def _slab_fault(box: Slice, parts: list[Slice], dim: int) -> str | None:
+class _TooIntricate(Exception):
+    pass
+
+
+def _slab_fault(box: Slice, parts: list[Slice], dim: int, steps: Iterator[int]) -> str | None:
+    for _ in parts:
+        if next(steps, None) is None:
+            raise _TooIntricate
     if dim == len(box.shape):
         return None if len(parts) == 1 else f"{'overlap' if parts else 'gap'} in {box}"
     if len(parts) == 1 and parts[0] == box:
@@ -82,7 +97,7 @@ def _slab_fault(box: Slice, parts: list[Slice], dim: int) -> str | None:
     for start, stop, group in _slabs(parts, dim):
         if start != at:
             return f"gap in {_slab(box, dim, at, start)}"
-        if fault := _slab_fault(_slab(box, dim, start, stop), group, dim + 1):
+        if fault := _slab_fault(_slab(box, dim, start, stop), group, dim + 1, steps):
             return fault
         at = stop
     return None if at == box.stop(dim) else f"gap in {_slab(box, dim, at, box.stop(dim))}"

@@ -7,6 +7,7 @@ more than some 130 steps ahead of its reader: a test decides where it dies, not 
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from ckpt.run import RunDirectory
 
 EXAMPLES = ROOT / "examples"
 DEADLINE_S = 240
+AHEAD, SPREAD = 130, 30  # steps that a program may be ahead of its reader, and that a kill is drawn from
 _LINE = re.compile(r"step (\d+) loss (\S+)$")
 
 Losses = dict[int, str]
@@ -48,12 +50,12 @@ class Program:
             )
 
     def read(self, until_step: int | None = None) -> None:
-        """Take in what it prints, up to a step, or to its end."""
+        """Take in what it prints, up to a step or a later one, or to its end."""
         assert self.process.stdout is not None
         while line := self.process.stdout.readline():
             if found := _LINE.search(line.decode().rstrip()):
                 self.losses[int(found[1])] = found[2]
-                if int(found[1]) == until_step:
+                if until_step is not None and int(found[1]) >= until_step:
                     return
         assert until_step is None, f"it ended before step {until_step}: {self.log.read_text()}"
 
@@ -124,3 +126,30 @@ def killed_and_resumed(folder: Path, name: str, *, ranks: int = 1, steps: int = 
     assert {**killed.losses, **losses} == expected
     assert killed.losses.items() <= expected.items()
     assert committed(url) == steps
+
+
+def killed_often(folder: Path, name: str, seed: int, *, kills: int, ranks: int = 1) -> None:
+    """`after.py`, killed again and again, prints the losses of an undisturbed `before.py`.
+
+    Each time some steps after its start, and once it has committed one; that is also how far it gets at most.
+    """
+    url, script, chance = folder / "run", EXAMPLES / name, random.Random(seed)
+    steps = (AHEAD + SPREAD + 20) * (kills + 1)
+    print(f"seed {seed}")
+    with running(script / "before.py", str(folder / "plain"), str(steps), ranks=ranks) as undisturbed:
+        expected = undisturbed.end()
+    seen: Losses = {}
+    for kill in range(kills):
+        before = committed(url)
+        with running(script / "after.py", str(url), str(steps), ranks=ranks) as program:
+            program.read(1)  # wherever it goes on
+            assert kill == 0 or min(program.losses) > 1, "it did not go on from a step that was saved"
+            program.read(min(program.losses) + chance.randrange(SPREAD))
+            until("a step more is committed", lambda before=before: committed(url) > before, DEADLINE_S)
+            assert program.process.poll() is None, f"it ended before kill {kill + 1}"
+            program.kill()
+            seen |= program.losses
+        assert seen.items() <= expected.items()
+    with running(script / "after.py", str(url), str(steps), ranks=ranks) as last:
+        seen |= last.end()
+    assert seen == expected

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ckpt
 from ckpt import Checkpointer, DeadlineExceeded, Every, SaveFailed
+from ckpt.keeper import courier
 from ckpt.keeper.courier import Pending
 from ckpt.keeper.ram import Claim, RamTier
 from ckpt.run import RunDirectory
@@ -111,6 +112,33 @@ def test_save_returns_before_the_store_has_it(tmp_path: Path) -> None:
         assert handle.done()
         assert handle.exception() is None
         assert checkpointer.all_steps() == [1, 2]
+
+
+DIES = """
+import os, sys
+if "ckpt.keeper" in sys.orig_argv and not os.path.exists(os.environ["HOLDFAST_SPARED"]):
+    if os.environ["HOLDFAST_ONCE"]:
+        open(os.environ["HOLDFAST_SPARED"], "w").close()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_keeper_that_does_not_start_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel kills it for memory. If none starts, the save says so, and the next one tries anew."""
+    forget()
+    (tmp_path / "sitecustomize.py").write_text(DIES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("HOLDFAST_SPARED", str(tmp_path / "spared"))
+    monkeypatch.setenv("HOLDFAST_ONCE", "")
+    monkeypatch.setattr(courier, "START_LIMIT_S", 2.0)
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        with pytest.raises(SaveFailed, match=r"its process did not start.*SIGKILL"):
+            checkpointer.save(1, {"a": torch.zeros(10)}, blocking=True)
+        monkeypatch.setattr(courier, "START_LIMIT_S", 30.0)
+        monkeypatch.setenv("HOLDFAST_ONCE", "1")
+        checkpointer.save(2, {"a": torch.ones(10)}, blocking=True)
+    assert (tmp_path / "spared").exists()
+    assert ckpt.load(tmp_path / "run")["a"].sum() == 10
 
 
 def test_busy_skip_leaves_out_what_the_store_cannot_take_and_counts_it(tmp_path: Path) -> None:

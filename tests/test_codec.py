@@ -592,6 +592,9 @@ HOSTILE = {
     "equal members": pack(Ext(6, pack([1, True]))),
     "unhashable key": pack(Ext(8, pack([[[], 1]]))),
     "repeated key": pack(Ext(8, pack([[1, 1], [1, 2]]))),
+    "members of one hash": pack(
+        Ext(7, pack([Ext(1, pack((i * (2**61 - 1) * 8).to_bytes(10, "big", signed=True))) for i in range(1, 3000)]))
+    ),
     "pair of three": pack(Ext(8, pack([[1, 1, 1]]))),
     "bad surrogate": pack(Ext(2, pack(b"\xff"))),
     "complex of ints": pack(Ext(3, pack([1, 2]))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import Pool
-from programs import EXAMPLES, committed, killed_and_resumed, running
+from programs import EXAMPLES, committed, killed_and_resumed, killed_often, running
 
 import ckpt
 
@@ -34,6 +35,16 @@ def test_an_example_changes_at_most_five_lines_and_the_page_shows_them(name: str
 
 def test_a_plain_loop(tmp_path: Path) -> None:
     killed_and_resumed(tmp_path, "plain")
+
+
+def test_data_parallel_in_epochs(tmp_path: Path) -> None:
+    killed_often(tmp_path, "ddp", random.randrange(1 << 32), kills=2, ranks=2)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("name", "ranks"), [("plain", 1), ("ddp", 2), ("transformers", 1)])
+def test_ten_kills_at_random_steps(tmp_path: Path, name: str, ranks: int) -> None:
+    killed_often(tmp_path, name, random.randrange(1 << 32), kills=10, ranks=ranks)
 
 
 @pytest.mark.prove

@@ -6,6 +6,7 @@ What single manifests and parts may hold is in test_manifest.py; here they come 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from states import bits
 import ckpt
 from ckpt import Checkpointer, CkptError, Corrupt, Incompatible
 from ckpt.manifest import Chunk, Manifest, Part, decode_manifest, decode_part, digest, encode_manifest, encode_part
-from ckpt.records import Commit, decode_record, encode_record, seal
+from ckpt.records import Commit, Unpin, decode_record, encode_record, seal
 from ckpt.sharding import TensorSpec
 
 Change = Callable[[Any], Any]
@@ -323,6 +324,24 @@ def test_a_file_that_is_a_link_is_refused(tmp_path: Path, what: str) -> None:
     with pytest.raises(CkptError):
         ckpt.restore(tmp_path / "run", target)
     assert bits(target) == before
+
+
+@pytest.mark.parametrize("what", ["FORMAT.json", "MANIFEST", "r00000.part", "r00000.safetensors", "slot", "next slot"])
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Path, what: str) -> None:
+    attempt = forge(tmp_path / "run")
+    slot = max((tmp_path / "run" / "log").iterdir())
+    following = slot.with_name(f"{int(slot.stem) + 1:010d}.json")
+    place = {"slot": slot, "next slot": following, "FORMAT.json": tmp_path / "run" / what}.get(what, attempt / what)
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    with pytest.raises(CkptError):
+        ckpt.load(tmp_path / "run")
+
+
+def test_a_field_that_stands_twice_in_a_record(tmp_path: Path) -> None:
+    body = encode_record(Unpin(nonce="a", name="mine"))[: -len(seal(b""))] + b',"name":"other"'
+    with pytest.raises(ckpt.Corrupt, match="twice"):
+        decode_record(body + seal(body))
 
 
 @pytest.mark.parametrize("what", ["steps", "log", "attempt"])

@@ -10,8 +10,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any
+from urllib.parse import urlsplit
 
+import fsspec
 import pytest
 import servers
 from click.testing import CliRunner
@@ -19,7 +22,7 @@ from conformance import StoreConformance, pages
 from jobs import Pool, run_job
 from keepers import forget, kill_keepers, until
 from layouts import assert_same_state, build, full_state
-from proxy import ALL, QUICK, faulty
+from proxy import ALL, QUICK, Proxy, faulty
 from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
 
 import ckpt
@@ -31,7 +34,8 @@ from ckpt.manifest import digest
 from ckpt.records import Request
 from ckpt.run import RunDirectory, RunLog
 from ckpt.store import OutcomeUnknown, Store
-from ckpt.stores import open_store, s3
+from ckpt.stores import anyfs, open_store, s3
+from ckpt.stores.azure import AzureBucket
 from ckpt.stores.bucket import Retried
 from ckpt.stores.objects import ObjectStore
 
@@ -340,6 +344,57 @@ def test_a_store_that_stalls_or_trickles_is_asked_again(moto_server: str, monkey
     monkeypatch.setattr(s3, "SILENT_S", 4)
     met = through_faults(moto_server, 3, monkeypatch, "stall", "trickle", rate=0.08)
     assert met.get("stall", 0) + met.get("trickle", 0) > 0
+
+
+def azure_bucket(monkeypatch: pytest.MonkeyPatch, connection: str, name: str) -> AzureBucket:
+    """The container `name`, which is made if it is not there, reached by `connection`."""
+    kind = fsspec.get_filesystem_class("az")
+    kind.clear_instance_cache()  # an instance is known by its arguments, not by the environment
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
+    return AzureBucket("az", name)
+
+
+def before_azure(proxy: Proxy, connection: str) -> str:
+    endpoint = urlsplit(connection.partition("BlobEndpoint=")[2].partition(";")[0])
+    return connection.replace(f"{endpoint.scheme}://{endpoint.netloc}", proxy.url)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_acknowledged_stands_there_once_in_azure(
+    seed: int, azurite_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anyfs, "REQUEST_S", 5.0)  # its client would wait for longer before it asks again
+    name = f"container-{uuid.uuid4()}"
+    bucket = azure_bucket(monkeypatch, azurite_server, name)
+    bucket._fs.mkdir(name)
+    direct = ObjectStore(Retried(bucket), "run")
+    with faulty(azurite_server.partition("BlobEndpoint=")[2], seed, 0.25, QUICK) as proxy:
+        faulted = azure_bucket(monkeypatch, before_azure(proxy, azurite_server), name)
+
+        def fail(on: bool) -> None:
+            proxy.failing = on
+
+        requests_and_data(ObjectStore(Retried(faulted), "run"), direct, fail)
+        print(f"seed {seed}: {proxy.met}")
+        assert sum(proxy.met.values()) > proxy.met[""]
+
+
+@pytest.mark.parametrize("fault", ["stall", "503"])
+def test_a_storm_before_azure_ends_at_its_deadline(
+    fault: str, azurite_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its client thinks of when to ask again."""
+    monkeypatch.setattr(anyfs, "REQUEST_S", 1.0)
+    with faulty(azurite_server.partition("BlobEndpoint=")[2], 0, rate=1.0, faults=[fault]) as proxy:
+        bucket = azure_bucket(monkeypatch, before_azure(proxy, azurite_server), "c")
+        store = ObjectStore(Retried(bucket, retry_s=3.0), "run")
+        began = monotonic()
+        for act in (lambda: store.put("x", b"data"), lambda: store.size("x"), lambda: store.list("x")):
+            with pytest.raises(StorageError, match=r"gave up after \d+ tries in \d s, the last"):
+                act()
+        with pytest.raises(OutcomeUnknown, match=r"create az://c/run/y"):
+            store.create("y", b"data")
+        assert monotonic() - began < 40
 
 
 @pytest.mark.parametrize("fault", ALL)

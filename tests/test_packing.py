@@ -22,6 +22,7 @@ from ckpt.check import check_step
 from ckpt.copying import copy_steps
 from ckpt.errors import Corrupt
 from ckpt.holder import Holder
+from ckpt.keeper.ram import RamTier, ram_root
 from ckpt.manifest import BLOCK_BYTES, most_packed
 from ckpt.packing import pack, pays, unpack
 from ckpt.records import Commit
@@ -195,6 +196,17 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         ckpt.restore(tmp_path, state(999))
     target = state(999)
     assert ckpt.restore(tmp_path, target, fallback=True) == 1
+
+
+def test_the_copy_in_ram_is_as_it_was_copied(tmp_path: Path) -> None:
+    """A job that is killed reads its last step from RAM, whatever the store has made of it."""
+    with ckpt.Checkpointer(tmp_path, compression="zstd") as checkpointer:
+        commit = checkpointer.save(1, state(1), blocking=True).wait()
+        reader = StepReader(
+            RunDirectory.open(tmp_path), commit, ram=RamTier(ram_root(), RunDirectory.open(tmp_path).nonce)
+        )
+        assert reader.part(0).data_name.endswith(".safetensors")
+        assert reader.used_ram
 
 
 def _sharded(rank: int, world: int, url: str, step: int) -> int | None:

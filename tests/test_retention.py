@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from keepers import keepers, until
+from keepers import forget, keepers, until
 
 import ckpt
 from ckpt import Best, Keep
-from ckpt.cli import cli
+from ckpt import holder as holder_module
+from ckpt.cli import change, cli
 from ckpt.holder import Holder, apply_retention, find_commit
 from ckpt.log import View, decide_retire, replay
 from ckpt.readers import restore_or_fall_back
@@ -24,6 +25,7 @@ from ckpt.records import Commit, Entry, Pin, Retire, Start
 from ckpt.restorer import Relaxed, StepReader
 from ckpt.retention import plan_retention
 from ckpt.run import RunDirectory
+from ckpt.stores.posix import PosixStore
 
 
 def start(generation: int, base: int | None = None) -> Start:
@@ -180,6 +182,8 @@ def test_only_what_we_wrote_is_deleted_and_no_link_is_followed(tmp_path: Path) -
     train(run, range(1, 4), None)
     first, second, _ = sorted((run / "steps").iterdir())
     (first / "Notes of mine.txt").write_text("kept")
+    (first / ".tmp-mine").mkdir()
+    (first / ".tmp-mine" / "thesis").write_text("kept")
     elsewhere.mkdir()
     for file in ("r00000.part", "a letter"):
         (elsewhere / file).write_text("not ours")
@@ -189,7 +193,7 @@ def test_only_what_we_wrote_is_deleted_and_no_link_is_followed(tmp_path: Path) -
     second.symlink_to(elsewhere)
     (run / "steps" / "lost+found").mkdir()
     train(run, range(4, 5), Keep(), first=3)
-    assert [file.name for file in first.iterdir()] == ["Notes of mine.txt"]
+    assert sorted(file.name for file in first.rglob("*")) == [".tmp-mine", "Notes of mine.txt", "thesis"]
     assert second.is_symlink()
     assert sorted(file.name for file in elsewhere.iterdir()) == ["a letter", "r00000.part"]
     assert (run / "steps" / "lost+found").is_dir()
@@ -205,6 +209,55 @@ def test_a_stale_holder_deletes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ckpt.Fenced):
         apply_retention(run, Keep(), stale.generation, stale.nonce)
     assert on_disk(tmp_path) == [1, 2, 3, 4]
+
+
+def test_more_attempts_leave_than_one_record_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step refers to is not retired before the step: newer ones go first, and no record is refused."""
+    monkeypatch.setattr(holder_module, "RETIRED_AT_ONCE", 3)
+    weights = torch.randn(200_000)
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        for step in range(1, 9):
+            checkpointer.save(step, {"w": weights, "n": torch.randn(2_000)}, blocking=True)
+        checkpointer.save(9, {"w": weights + 1, "n": torch.randn(2_000)}, blocking=True)
+    assert any(commit.sources for commit in RunDirectory.open(tmp_path).log.read().lineage())
+    CliRunner().invoke(cli, ["gc", str(tmp_path), "--last", "1", "--takeover"], catch_exceptions=False)
+    assert steps_of(tmp_path) == on_disk(tmp_path) == [9]
+
+
+def test_what_cannot_be_deleted_does_not_keep_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, range(1, 6), None)
+    clear = PosixStore.clear
+    broken = next(each for each in (tmp_path / "steps").iterdir() if each.name.startswith("000000002."))
+
+    def failing(store: PosixStore, directory: str, ours: Any) -> list[str]:
+        if broken.name in directory:
+            raise ckpt.StorageError(f"clear {directory}: the device failed")
+        return clear(store, directory, ours)
+
+    monkeypatch.setattr(PosixStore, "clear", failing)
+    words = ["gc", str(tmp_path), "--last", "1", "--takeover"]
+    assert isinstance(CliRunner().invoke(cli, words).exception, ckpt.StorageError)
+    assert on_disk(tmp_path) == [2, 5]
+    monkeypatch.undo()
+    CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert on_disk(tmp_path) == [5]
+
+
+def test_a_job_that_starts_while_the_command_decides_is_not_fenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, range(1, 4), None)
+    train(tmp_path.with_name("other"), range(5, 6), None)
+    forget()
+
+    def job_starts(*_: Any) -> None:
+        Holder(RunDirectory.open(tmp_path), run_id="another", takeover=True).take("a job")
+
+    monkeypatch.setattr(change, "refuse_live", job_starts)
+    for words in (["gc", str(tmp_path), "--last", "1"], ["cp", str(tmp_path.with_name("other")), str(tmp_path)]):
+        refused = CliRunner().invoke(cli, words).exception
+        assert isinstance(refused, ckpt.Fenced), words
+        assert on_disk(tmp_path) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

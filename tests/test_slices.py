@@ -146,6 +146,18 @@ def test_zero_dimensions_and_zero_sizes() -> None:
     assert cover_fault(whole((3, 0)), [Slice((1, 0), (2, 0))]) is None
 
 
+def test_columns_cut_at_other_heights_are_checked_up_to_a_number_of_steps() -> None:
+    def columns(n: int) -> list[Slice]:
+        tops = [Slice((0, i), (i + 1, 1)) for i in range(n)]
+        return tops + [Slice((i + 1, i), (n - i, 1)) for i in range(n)]
+
+    assert cover_fault(whole((101, 100)), columns(100)) is None
+    assert "overlap" in (cover_fault(whole((101, 100)), [*columns(100), Slice((7, 7), (1, 1))]) or "")
+    began = monotonic()
+    assert "is not checked" in (cover_fault(whole((4001, 4000)), columns(4000)) or "")
+    assert monotonic() - began < 10
+
+
 @pytest.mark.parametrize("kind", ["nested", "staggered", "equal"])
 def test_hostile_arrangements_end_quickly(kind: str) -> None:
     count = 20_000

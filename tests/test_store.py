@@ -6,10 +6,12 @@ import errno
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec.registry
 import msgspec
 import pytest
 from conformance import ALL, StoreConformance, caught, race
@@ -359,6 +361,10 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("s3://bucket/a//b", "s3://bucket/../b"):
         with pytest.raises(StorageError, match=r"no \. and no \.\."):
             open_store(url)
+    for name in ("gcsfs", "ckpt.stores.gcs"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    monkeypatch.setattr(fsspec.registry, "_registry", {})
     with pytest.raises(StorageError, match=r"pip install 'holdfast\[gcs\]'"):
         open_store("gs://bucket/run")
     with pytest.raises(StorageError, match="cannot open 'what://bucket/run'"):

@@ -82,15 +82,12 @@ def gc(
     keep = Keep(last=last, every=every, best=Best(best, mode, best_count) if best else None)
     plan = plan_retention(view, keep, run.attempts())
     if not dry_run and (plan.attempts or any(name in view.retired for name in run.attempts())):
-        _carry_out(run, view, plan, takeover, strict_fencing)
-    output(_plan_json(run, view, plan, dry_run), as_json, _print_plan)
-
-
-def _carry_out(run: RunDirectory, view: View, plan: Plan, takeover: bool, strict_fencing: bool) -> None:
-    still = "Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass --takeover"
-    refuse_live(run, view.holder, takeover, still)
-    start = _take(run, takeover, strict_fencing)
-    carry_out(run, plan, start.generation, start.nonce)
+        still = "Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass --takeover"
+        refuse_live(run, view.holder, takeover, still)
+        start = _take(run, view, takeover, strict_fencing)
+        plan = plan_retention(run.log.view, keep, run.attempts()).within(plan)  # after what was adopted
+        carry_out(run, plan, start.generation, start.nonce)
+    output(_plan_json(run, run.log.view, plan, dry_run), as_json, _print_plan)
 
 
 def refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: str) -> None:
@@ -101,8 +98,8 @@ def refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: 
         )
 
 
-def _take(run: RunDirectory, takeover: bool, strict_fencing: bool) -> Start:
-    taken = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing)
+def _take(run: RunDirectory, seen: View, takeover: bool, strict_fencing: bool) -> Start:
+    taken = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing, seen=seen)
     start = taken.take("gc")
     taken.adopt()  # what the job before left complete: the next one could not any more
     return start
@@ -231,7 +228,7 @@ def delete_step(url: str, step: int, dry_run: bool, takeover: bool, strict_fenci
         check_fencing(run, strict_fencing)
         ask_to_delete(run, commit)
         if done:
-            start = _take(run, takeover, strict_fencing)
+            start = _take(run, view, takeover, strict_fencing)
             carry_out(run, plan_retention(run.log.view, None), start.generation, start.nonce)
     about = {"step": step, "attempt": commit.attempt, "nbytes": commit.nbytes}
     output({"url": run.url, "dry_run": dry_run, **about, "done": done}, as_json, _print_deleted)
@@ -278,8 +275,9 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, strict_fenci
     commits = view.standing() if every and number is None else [find(run, view, number)]
     into = RunDirectory.open(target, create=True)
     known = set(into.log.read().commits)
-    holder = Holder(into, run_id=None, takeover=takeover, strict_fencing=strict_fencing)
-    refuse_live(into, into.log.view.holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    seen = into.log.view
+    refuse_live(into, seen.holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    holder = Holder(into, run_id=None, takeover=takeover, strict_fencing=strict_fencing, seen=seen)
     missing = [commit for commit in commits if commit.attempt not in known]
     with byte_progress(sum(commit.nbytes for commit in missing)) as told:
         made = copy_steps(run, missing, holder, told)

@@ -111,9 +111,9 @@ def import_file(
     from ckpt.interop.moving import import_step
 
     run = RunDirectory.open(target, create=True)
-    run.log.read()
-    refuse_live(run, run.log.view.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")
-    holder = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing)
+    seen = run.log.read()
+    refuse_live(run, seen.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")
+    holder = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing, seen=seen)
     with byte_progress(0) as told:
         commit, moved = import_step(
             source, holder, step, form, prefix=prefix, only=only, trust_pickle=trust_pickle, on_bytes=told

@@ -37,7 +37,7 @@ _HINT: Final = "Load it with DCP in the program that wrote it, and save plain va
 def read_dcp(directory: Path, files: Files) -> Any:
     """The tree in a DCP directory. Raises Corrupt where its metadata or its files are not what they must be."""
     path = directory / METADATA_NAME
-    if not path.exists():
+    if not path.is_file():
         raise NotFound(f"{directory}: no {METADATA_NAME}; is the path right, and the checkpoint complete?")
     size = path.stat().st_size
     if size > METADATA_LIMIT_BYTES:

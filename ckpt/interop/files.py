@@ -6,9 +6,11 @@ when they are asked for, and every range is checked against the file as it is th
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +61,15 @@ def file_tensor_extent(shape: tuple[int, ...], strides: tuple[int, ...], box: Sl
     return Extent(box, path, at, None if plain else strides)
 
 
+def _open_file(path: str) -> int:
+    """A descriptor of the file that `path` leads to, also by a link; a pipe, which could wait, is refused."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "this is no file", path)
+    return fd
+
+
 class Files:
     """The files that tensors are read from, opened once each. Reads come from any thread."""
 
@@ -68,7 +79,7 @@ class Files:
     def open(self, path: str) -> int:
         if path not in self._fds:
             try:
-                self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fds[path] = _open_file(path)
             except OSError as error:
                 raise StorageError(f"open {path}: {error.strerror}") from error
         return self._fds[path]

@@ -47,9 +47,9 @@ def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) ->
             tree[found[1]] = read(path)
         elif _LEFT.fullmatch(path.name):
             left.append(path.name)
-    if (directory / INDEX_NAME).exists() and not (directory / SINGLE_NAME).exists():
+    if (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).exists():
         tree["model"], ordered = read_hf(directory, files), False
-    if (directory / _COUNTS).exists():
+    if (directory / _COUNTS).is_file():
         tree[_COUNTS.removesuffix(".json")] = _counts(directory / _COUNTS)
     return tree, [f"left out, for it is each rank's own or a program's: {', '.join(left)}"] if left else [], ordered
 

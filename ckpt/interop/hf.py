@@ -94,7 +94,7 @@ def _check_tiles(path: Path, table: Mapping[str, _Entry], nbytes: int) -> None:
 def read_hf(directory: Path, files: Files) -> dict[str, Leaf]:
     """The tensors of a directory in the layout of Hugging Face. Raises Corrupt where index and shards disagree."""
     index_path = directory / INDEX_NAME
-    if not index_path.exists():
+    if not index_path.is_file():
         return read_safetensors(directory / SINGLE_NAME, files)
     try:
         if index_path.stat().st_size > HEADER_LIMIT_BYTES:

@@ -44,6 +44,7 @@ from ckpt.wire import Line
 log = logging.getLogger("ckpt")
 
 START_LIMIT_S = 30.0
+AGAIN_S = 0.5  # between two processes that do not start
 STARTS_LIMIT = 5  # keepers lost in a row without any answer
 SEND_LIMIT_S = 10.0
 POLL_S = 0.5
@@ -329,7 +330,11 @@ class Courier:
                     return Line.connect(self.ram.file("socket"), ToWorker)
                 except (CkptError, OSError) as error:
                     problem = str(error)
-                    self._start_keeper()
+                    try:
+                        self._start_keeper()
+                    except SaveFailed as failed:
+                        problem = str(failed)
+                        time.sleep(AGAIN_S)
             time.sleep(0.02)
         if self._closing:
             return None
@@ -344,12 +349,20 @@ class Courier:
             self.ram.write(self.ram.file("run"), self._url.encode())
             for tier in runs_on_this_node(self.ram.root):
                 if os.path.exists(tier.file("run")) and not _has_keeper(tier):
-                    _spawn(tier)
+                    self._spawn(tier)
             deadline = time.monotonic() + START_LIMIT_S
             while not _has_keeper(self.ram) and time.monotonic() < deadline and not self._closing:
                 time.sleep(0.01)
         finally:
             starting.release()
+
+    def _spawn(self, tier: RamTier) -> None:
+        try:
+            _spawn(tier)
+        except (subprocess.SubprocessError, OSError) as error:
+            if tier.run_nonce == self.ram.run_nonce:
+                raise SaveFailed(f"its process did not start: {error}") from error
+            log.warning("the keeper of another run in %s could not be started: %s", tier.root, error)
 
     def _tail(self) -> str:
         with contextlib.suppress(OSError):

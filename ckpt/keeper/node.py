@@ -52,7 +52,8 @@ from ckpt.store import REQUESTS, DataWriter
 log = logging.getLogger("ckpt.keeper")
 
 T = TypeVar("T")
-_Written: TypeAlias = tuple[tuple[Chunk, ...], int]  # the chunks of a data file, and its bytes
+_Chunks: TypeAlias = tuple[Chunk, ...]
+_Written: TypeAlias = tuple[_Chunks, int, _Chunks]  # the chunks of a data file, its bytes; the same chunks in memory
 
 THREADS_LIMIT = 64
 IO_THREADS = 4  # for all ranks of the node together; two writers reach the limit of one disk
@@ -307,25 +308,25 @@ class Node:
             await self._seal_copy(snapshot)
         sealed = snapshot.part
         there = self._stock.in_store(snapshot.wants, sealed.chunks) if sealed is not None else {}
-        chunks, data_bytes = await self._write(snapshot, there)
+        chunks, data_bytes, copied = await self._write(snapshot, there)
         await snapshot.copied.wait()
         if snapshot.ended:
             return
         part = part_of(snapshot.order, chunks, data_bytes)
         if sealed is None:
-            self._seal(snapshot, part)
+            self._seal(snapshot, part_of(snapshot.order, copied, snapshot.order.data_bytes))
         elif part.content_digest() != sealed.content_digest():
             raise Corrupt(f"the copy of {snapshot.attempt} in RAM changed after it was sealed: is its memory sound?")
         await self._put(snapshot, part)
 
-    async def _write(self, snapshot: Snapshot, there: dict[int, Chunk]) -> tuple[tuple[Chunk, ...], int]:
-        """Write the data file without the chunks that are `there`; all chunks as they lie then, and its bytes."""
+    async def _write(self, snapshot: Snapshot, there: dict[int, Chunk]) -> _Written:
+        """Write the data file without the chunks that are `there`; all chunks as they lie then."""
         new = len(there) < len(snapshot.order.slots)  # a file without a tensor is no packed one
         packs = new and await self._thread(self._packs, snapshot)
         path = self._run.attempt_path(snapshot.attempt, data_name(snapshot.rank, packs))
         began = time.monotonic()
         write = self._write_packed if packs else self._write_changed if there else self._write_whole
-        chunks, data_bytes = await write(snapshot, path, there)
+        chunks, data_bytes, copied = await write(snapshot, path, there)
         seconds = time.monotonic() - began
         snapshot.writing_s, snapshot.written_bytes = seconds, data_bytes
         if not packs and data_bytes > PACKING_SAMPLE_BYTES:
@@ -333,13 +334,13 @@ class Node:
         if there:
             written = iter(chunks)
             chunks = tuple(there.get(index) or next(written) for index in range(len(snapshot.order.slots)))
-        return chunks, data_bytes
+        return chunks, data_bytes, copied
 
     async def _write_whole(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
         order = snapshot.order
         into = await self._thread(self._run.store.write_data, path, order.data_bytes)
-        digests = await self._take_in(snapshot, order, snapshot.memory, into)
-        return digests.chunks(order), order.data_bytes
+        chunks = (await self._take_in(snapshot, order, snapshot.memory, into)).chunks(order)
+        return chunks, order.data_bytes, chunks
 
     async def _write_changed(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
         order, file = without(snapshot.order, there)
@@ -347,15 +348,15 @@ class Node:
         snapshot.copying = Copying(len(order.runs))
         snapshot.copying.advance(len(order.runs))
         into = await self._thread(self._run.store.write_data, path, order.data_bytes)
-        digests = await self._take_in(snapshot, order, Regrouped(snapshot.memory, file, places), into)
-        return digests.chunks(order), order.data_bytes
+        chunks = (await self._take_in(snapshot, order, Regrouped(snapshot.memory, file, places), into)).chunks(order)
+        return chunks, order.data_bytes, chunks
 
     async def _write_packed(self, snapshot: Snapshot, path: str, there: dict[int, Chunk]) -> _Written:
         order, copying = snapshot.order, snapshot.copying
         into = await self._thread(self._run.store.write_data, path, most_bytes(order))
         packer = Packer(order, into, there, lambda: copying.gave_up, snapshot.deadline)
-        digests = await self._take_in(snapshot, order, snapshot.memory, packer)
-        return packer.chunks(digests.chunks(order)), packer.data_bytes
+        copied = (await self._take_in(snapshot, order, snapshot.memory, packer)).chunks(order)
+        return packer.chunks(copied), packer.data_bytes, copied
 
     def _packs(self, snapshot: Snapshot) -> bool:
         """Whether the data file is stored packed; for "auto", a sample of what is copied says whether it pays."""

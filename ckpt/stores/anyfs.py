@@ -16,7 +16,7 @@ import fsspec
 
 from ckpt.errors import CkptError, NotFound, StorageError
 from ckpt.store import AlreadyExists, OutcomeUnknown
-from ckpt.stores.bucket import Busy, Found, Listing, Upload
+from ckpt.stores.bucket import REQUEST_S, Busy, Found, Listing, Upload
 
 PART_BYTES: Final = 16 << 20
 _BUSY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
@@ -36,26 +36,29 @@ class FsspecBucket:
     def __init__(self, protocol: str, name: str) -> None:
         self._protocol, self._name = protocol, name
         self._fs: Any = fsspec.filesystem(protocol, use_listings_cache=False)
+        # Clients try again by themselves: within this time, after which theirs is cancelled and it is our turn.
+        self._bounded = {"timeout": REQUEST_S} if self._fs.async_impl else {}
 
     @property
     def url(self) -> str:
         return f"{self._protocol}://{self._name}"
 
     def create(self, key: str, data: bytes) -> None:
-        self._run("create", key, lambda path: self._fs.pipe_file(path, data, mode="create"), exclusive=True)
+        options = {"mode": "create", **self._bounded}
+        self._run("create", key, lambda path: self._fs.pipe_file(path, data, **options), exclusive=True)
 
     def put(self, key: str, data: bytes) -> None:
-        self._run("put", key, lambda path: self._fs.pipe_file(path, data))
+        self._run("put", key, lambda path: self._fs.pipe_file(path, data, **self._bounded))
 
     def get(self, key: str, start: int, stop: int | None) -> bytes:
         size = self.size(key)  # what lies past the end is an error in some, and all of it in others
         end = size if stop is None else min(stop, size)
         if end <= start:
             return b""
-        return bytes(self._run("get", key, lambda path: self._fs.cat_file(path, start=start, end=end)))
+        return bytes(self._run("get", key, lambda path: self._fs.cat_file(path, start=start, end=end, **self._bounded)))
 
     def size(self, key: str) -> int:
-        found = self._run("look up", key, self._fs.info)
+        found = self._run("look up", key, lambda path: self._fs.info(path, **self._bounded))
         if found["type"] != "file":
             raise NotFound(f"look up {self.url}/{key}: there is no such object")
         return int(found["size"])
@@ -69,7 +72,7 @@ class FsspecBucket:
         return sorted((each for each in found if each.key.startswith(prefix)), key=lambda each: each.key)
 
     def _listed(self, path: str, deep: bool) -> Listing:
-        details = self._fs.ls(path, detail=True)
+        details = self._fs.ls(path, detail=True, **self._bounded)
         found = [self._found(each) for each in details if each["name"].strip("/") != path.strip("/")]
         if not deep:
             return found
@@ -86,7 +89,7 @@ class FsspecBucket:
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             try:
-                self._run("delete", key, self._fs.rm_file)
+                self._run("delete", key, lambda path: self._fs.rm_file(path, **self._bounded))
             except NotFound:
                 continue
 

@@ -26,11 +26,12 @@ class GcsBucket(FsspecBucket):
     """The bucket `name`."""
 
     def put(self, key: str, data: bytes) -> None:
-        self._run("put", key, lambda path: self._fs.pipe_file(path, data, consistency="md5"))
+        self._run("put", key, lambda path: self._fs.pipe_file(path, data, consistency="md5", **self._bounded))
 
     def compose(self, key: str, pieces: Sequence[str]) -> None:
         """Make the object `key` of others, in their order; idempotent as long as those stay."""
-        self._run("compose", key, lambda path: self._fs.merge(path, [f"{self._name}/{piece}" for piece in pieces]))
+        paths = [f"{self._name}/{piece}" for piece in pieces]
+        self._run("compose", key, lambda path: self._fs.merge(path, paths, **self._bounded))
 
     def upload(self, key: str, nbytes: int) -> tuple[Upload, int]:
         return _Pieces(self, key), parts_of(nbytes, PART_BYTES, PIECES_LIMIT)

@@ -53,6 +53,8 @@ _HINTS = {
     errno.EACCES: "no permission: check the owner and mode of the directory",
     errno.EIO: "the device failed: see dmesg",
     errno.ESTALE: "the NFS server no longer knows this file: check the mount",
+    errno.EISDIR: "there is a directory where a file is expected",
+    errno.ENXIO: "there is a pipe or a device where a file is expected",
     errno.ELOOP: "there is a symbolic link where none is expected; links inside a run's directory are not followed",
 }
 
@@ -100,7 +102,7 @@ class PosixStore:
 
     def read(self, path: str, offset: int = 0, nbytes: int | None = None, *, limit_bytes: int) -> bytes:
         target = self._below(path)
-        with _reported("read", target), _opened(target, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+        with _reported("read", target), _closing(direct.open_read(target)) as fd:
             available = max(os.fstat(fd).st_size - offset, 0)
             wanted = available if nbytes is None else nbytes
             if wanted > limit_bytes:
@@ -171,7 +173,7 @@ class PosixStore:
                 names = os.listdir(target)
         except NotFound:
             return []
-        stay = sorted(name for name in names if not ours(name))
+        stay = sorted(name for name in names if not ours(name) or _is_directory(os.path.join(target, name)))
         if not stay:
             self.delete(directory)
             return []
@@ -297,6 +299,10 @@ def _make_ancestors(directory: str) -> None:
         _fsync_directory(os.path.dirname(directory))
 
 
+def _is_directory(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
 def _mkdir(directory: str) -> bool:
     try:
         os.mkdir(directory)
@@ -345,7 +351,7 @@ def _read_exactly(fd: int, offset: int, nbytes: int) -> bytes:
 
 
 def _fsync_directory(directory: str) -> None:
-    with _opened(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
+    with _closing(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         try:
             os.fsync(fd)
         except OSError as error:
@@ -362,8 +368,7 @@ def _sync_name(directory: str, operation: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec.registry
 import msgspec
 import pytest
 from conformance import ALL, StoreConformance, caught, race
@@ -364,7 +363,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gcsfs", "ckpt.stores.gcs"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match=r"pip install 'holdfast\[gcs\]'"):
         open_store("gs://bucket/run")
     with pytest.raises(StorageError, match="cannot open 'what://bucket/run'"):

@@ -284,7 +284,10 @@ class Checkpointer:
         `required` and `fallback` as in `restore`.
         """
         require_equal(self._ranks, "steps", (total, self._every))
-        first = self.restore(state, required=required, fallback=fallback) or 0
+        restored = self.restore(state, required=required, fallback=fallback)
+        first = restored or 0
+        if restored is None:  # what cannot be saved is said now, not at the first save
+            together(self._ranks, lambda: collect_state(state, self._ranks.rank, self._ranks.size))
         self._stop_asked = self.stopped = False
         watched = self._place.watched() if self._place is not None else contextlib.nullcontext()
         with OnSigterm(self._ask_to_stop), watched, StepBar(first, total, self._ranks.rank) as advance:

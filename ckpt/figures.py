@@ -271,7 +271,7 @@ def _summary_writer(log_dir: str) -> Any:
 
 
 def _missing(reporter: str, package: str, extra: str) -> ImportError:
-    return ImportError(f"ckpt.figures.{reporter} needs {package}: pip install holdfast[{extra}]", name=package)
+    return ImportError(f"ckpt.figures.{reporter} needs {package}: pip install 'holdfast[{extra}]'", name=package)
 
 
 # Units

@@ -63,14 +63,16 @@ class Agent(Leading):
 
     # From the main thread
 
-    def stopped(self, now: float, *, failed: bool, step: int = 0) -> None:
-        """The workers do not run any more. `failed`: they ended by themselves, and not well, after `step` steps."""
+    def stopped(self, now: float, *, failed: bool, step: int = 0, hopeless: bool = False) -> None:
+        """The workers do not run any more. `failed`: they ended by themselves, and not well, after `step` steps;
+        `hopeless`: for what another start does not change.
+        """
         failed = failed and self.mine is not None
         self.mine = None
         if self.upstream is not None:
-            self._send(None, Stopped(failed, step))
+            self._send(None, Stopped(failed, step, hopeless))
         elif self.leads and self._change is None:
-            self._member_stopped(self.me, failed, now, step)
+            self._member_stopped(self.me, failed, now, step, hopeless)
 
     def wait(self) -> None:
         """The main thread waits for a generation, and what the workers left is settled."""
@@ -168,7 +170,7 @@ class Agent(Leading):
         match said:
             case Stopped():
                 if self.leads and self._change is None and self._is_member(node):
-                    self._member_stopped(peer.member, said.failed, now, said.step)
+                    self._member_stopped(peer.member, said.failed, now, said.step, said.hopeless)
             case Ready():
                 peer.ready = True
             case Finished():

@@ -254,7 +254,7 @@ def drain(node: str, url: str, run_id: str | None, as_json: bool) -> None:
       {"url": str, "node": str, "cordoned": bool, "drained": bool}
     """
     run = _put(node, url, run_id, drain=True)
-    output(_cordon_json(run, node, drained=True), as_json, lambda found: say(f"{plain(node)} leaves; nothing is lost"))
+    output(_cordon_json(run, node, drained=True), as_json, lambda found: say(_drained(run, node)))
 
 
 @cli.command("cordon")
@@ -366,6 +366,17 @@ def _lift(node: str, url: str, run_id: str | None) -> RunDirectory:
     run = open_run(url, run_id)
     remove_cordon(run, node)
     return run
+
+
+def _drained(run: RunDirectory, node: str) -> str:
+    from elastic.membership import of_start
+
+    membership = of_start(run.log.read().holder)
+    members = membership.members if membership is not None else ()
+    if any(node in (member.name, member.node) for member in members):
+        return f"{plain(node)} leaves; nothing is lost"
+    names = ", ".join(sorted({plain(member.name) for member in members})) or "nobody"
+    return f"no node of the name {plain(node)} is at work ({names}); one that waits, or comes, will not join"
 
 
 def _cordon_json(run: RunDirectory, node: str, *, cordoned: bool = True, drained: bool = False) -> Json:

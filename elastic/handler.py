@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, Incompatible
 from ckpt.events import point
 from ckpt.records import is_name
 from elastic import network
@@ -93,7 +93,14 @@ class Handler(RendezvousHandler):
         job = Job(self._run_id, _command(), f"{limits.minimum}:{limits.maximum}:{limits.unit}", _version())
         agent = Agent(me, job, limits, options.timing)
         self._service = Service(agent, roster, options, self._workers, hooks)
-        port = self._service.start("0.0.0.0" if len(addresses) > 1 else addresses[0], options.port)
+        host = "0.0.0.0" if len(addresses) > 1 else addresses[0]
+        try:
+            port = self._service.start(host, options.port)
+        except OSError as error:
+            self._service.stop()
+            where = "set ELASTIC_PORT to a free one, or leave it unset" if options.port else "check ELASTIC_ADDRESS"
+            what = f"this agent cannot listen at {host}:{options.port}: {error.strerror}"
+            raise Incompatible(f"{what}; {where}") from error
         agent.me = roster.me = Member(node, name, addresses, port)
         self._node = node
         self._before: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ raises or takes longer than ELASTIC_HOOK_LIMIT_S is named in the log and left to
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib
 import logging
@@ -30,6 +31,7 @@ log = logging.getLogger("elastic")
 
 GROUP = "elastic.hooks"
 WAITING_LIMIT = 1000
+DEVICE_LIMIT_S = 60.0
 DEVICE_CHECK = (
     "import torch; n = torch.cuda.device_count(); assert n, 'no CUDA device can be used';\n"
     "for i in range(n): x = torch.ones(1024, device=f'cuda:{i}'); assert float((x + x).sum()) == 2048, f'cuda:{i}'"
@@ -111,7 +113,8 @@ class Hooks:
     def finish(self, timeout_s: float) -> None:
         """Give the hooks that were told so long to come to their end."""
         if self._thread is not None:
-            self._waiting.put(None)
+            with contextlib.suppress(queue.Full):
+                self._waiting.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -144,7 +147,8 @@ class _DeviceCheck:
 
     def pre_join(self) -> None:
         if glob.glob("/dev/nvidia[0-9]*"):
-            done = subprocess.run([sys.executable, "-c", DEVICE_CHECK], capture_output=True, text=True, check=False)
+            command = [sys.executable, "-c", DEVICE_CHECK]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEVICE_LIMIT_S)
             if done.returncode != 0:
                 raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
 
@@ -156,14 +160,16 @@ def load(described: str, limit_s: float) -> Hooks:
         found.append((f"hooks {point.name}", _loaded(point.value, point.load)))
     for text in filter(None, (part.strip() for part in described.split(","))):
         found.append((f"hooks {text}", _loaded(text, lambda text=text: _imported(text))))  # type: ignore[misc]
-    return Hooks(tuple((name, hooks() if callable(hooks) else hooks) for name, hooks in found), limit_s)
+    made = ((name, _loaded(name, hooks) if callable(hooks) else hooks) for name, hooks in found)
+    return Hooks(tuple(made), limit_s)
 
 
 def _loaded(text: str, load_it: Callable[[], Any]) -> Any:
     try:
         return load_it()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Incompatible(f"hooks {text!r} cannot be loaded: {error}. Expected module:object") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise Incompatible(f"hooks {text!r} cannot be loaded: {what}. Expected module:object") from error
 
 
 def _imported(text: str) -> Any:

@@ -18,6 +18,7 @@ EXIT_TOO_FEW = 75  # EX_TEMPFAIL: fewer nodes than MIN for too long
 CORDONED = "it is cordoned (`elastic cordon --undo`)"
 SLOW_IN_A_ROW = 2
 EXIT_LEFT = 143  # this node left as planned, and the job is not done
+HOPELESS_LIMIT = 2
 EXIT_FRUITLESS = 76  # workers failed again and again, and nothing was committed in between
 
 
@@ -163,21 +164,22 @@ class Leading:
             self._send(follower, End(code, reason))
         self._end(code, reason)
 
-    def _member_stopped(self, member: Member, failed: bool, now: float, step: int = 0) -> None:
+    def _member_stopped(self, member: Member, failed: bool, now: float, step: int = 0, hopeless: bool = False) -> None:
         if failed:
             self._failures = self._failures.blame(member.node, now)
-            if self._is_fruitless(step, now):
+            if self._is_fruitless(step, now, hopeless):
                 return
         planned = self._pause is not None and not failed
         reason = f"the workers of {member.name} {'failed' if failed else 'stopped'}"
         self._begin_change(self._pause.reason if self._pause is not None and planned else reason, now)
 
-    def _is_fruitless(self, step: int, now: float) -> bool:
-        """Count a failure; whether it was the last that the job had."""
+    def _is_fruitless(self, step: int, now: float, hopeless: bool = False) -> bool:
+        """Count a failure; whether it was the last that the job had. Of `hopeless` ones that is the second in a row."""
         soon = now - self._began_at < self.timing.fruitless_s
         self._failures = found = self._failures.count(step, self.seen.head, soon=soon)
         self._resume_at = now + backoff_s(found.row)
-        if found.row != self.timing.fruitless_limit:
+        limit = min(self.timing.fruitless_limit, HOPELESS_LIMIT) if hopeless else self.timing.fruitless_limit
+        if not limit or found.row < limit:
             return False
         where = f"after step {found.step}, always there" if found.step else "without a new step"
         self._end_all(EXIT_FRUITLESS, f"the workers failed {found.row} times {where}: see their errors above")

@@ -60,10 +60,14 @@ class Join(_Message, frozen=True):
 
 
 class Stopped(_Message, frozen=True):
-    """My workers do not run any more. `failed`: they ended by themselves, and not well, `step` steps being done."""
+    """My workers do not run any more. `failed`: they ended by themselves, and not well, `step` steps being done.
+
+    `hopeless`: one of them with a state or a setting that does not fit (ckpt.Incompatible).
+    """
 
     failed: bool
     step: int = 0
+    hopeless: bool = False
 
 
 class Ready(_Message, frozen=True):

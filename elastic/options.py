@@ -46,7 +46,8 @@ def from_environment(minimum: int, maximum: int, environment: Mapping[str, str] 
     ELASTIC_QUARANTINE_FAILURES   a node that is the first to fail so often is not used if others suffice (2; 0: never)
     ELASTIC_QUARANTINE_WINDOW_S   failures longer ago than this are forgotten (600)
     ELASTIC_FRUITLESS_LIMIT       so many failures in a row, each within 10 minutes and without a commit in between, end
-                                  the job with exit code 76 (10; 0: never)
+                                  the job with exit code 76 (10; 2 where workers end with 13, as ckpt.Incompatible does;
+                                  0: never)
     ELASTIC_UNIT                  the number of nodes is a multiple of this (1)
     ELASTIC_ADDRESS, ELASTIC_PORT, ELASTIC_STORE_PORT
                                   where agents reach this one, and workers the store of a generation (found; free ones)

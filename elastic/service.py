@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import TCPStore
 
-from ckpt.errors import CkptError, Fenced
+from ckpt.errors import CkptError, Fenced, Incompatible
 from ckpt.wire import Channel, Server, serve_tcp
 from elastic.actions import (
     Action,
@@ -61,6 +61,7 @@ EXIT_BROKEN = 70  # EX_SOFTWARE
 POLL_S = 0.5  # how often the waiting main thread looks for signals
 LINGER_S = 2.0  # for followers to hear the end, before the leader's process does
 STORE_TIMEOUT_S = 300.0
+STORE_PORT_LIMIT_S = 60.0  # for which a port that is in use is asked for again
 
 
 class Service:
@@ -91,9 +92,12 @@ class Service:
         self._offered: TCPStore | None = None
         self._watched: dict[int, str] = {}  # workers, and where each writes what it failed of
         self._asked = False  # a worker ended because it was asked to
+        self._failed = False  # one had failed before that
+        self._hopeless = False  # of what another start does not change
         self._settles = False  # the keeper is asked to come to an end with what the workers left
         self._forsaken = False  # a node of this generation is lost
         self._away = False  # storage does not answer, which was said
+        self._refused_since: float | None = None  # the port for the workers' store cannot be had
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
         self._server: Server | None = None
@@ -184,7 +188,7 @@ class Service:
         """Let go of everything; followers hear the end first, if it is one."""
         if self._thread.is_alive():
             self._post(self._stopping.set)
-            self._thread.join(timeout=2 * LINGER_S + 1)
+            self._thread.join(timeout=3 * LINGER_S + 2)  # one for each of what it still waits for
         self._workers.farewell()
 
     def _post(self, act: Callable[[], Any]) -> None:
@@ -269,7 +273,8 @@ class Service:
     # What the main thread came back with
 
     def _came_back(self, failed: bool) -> None:
-        self._agent.stopped(time.monotonic(), failed=failed and not self._asked, step=self.crew.step())
+        failed = failed and (self._failed or not self._asked)
+        self._agent.stopped(time.monotonic(), failed=failed, step=self.crew.step(), hopeless=self._hopeless)
         self._spawn(self._settle())
 
     async def _settle(self) -> None:
@@ -319,7 +324,7 @@ class Service:
         """As far as the store lets us. Where records are in an agent's memory, there is no ledger."""
         if serves(self._roster.run.url):
             return
-        with contextlib.suppress(CkptError, OSError, TimeoutError):
+        with contextlib.suppress(CkptError, OSError, TimeoutError, RuntimeError):  # or this process is ending
             batch = self._ledger.batch()
             async with asyncio.timeout(LINGER_S):
                 await self._in_storage(lambda: write_batch(self._roster.run, batch))
@@ -333,6 +338,8 @@ class Service:
         if how.code == 128 + signal.SIGTERM:
             self._asked = True
         elif not how.well and not self._broken:
+            self._failed |= not self._asked
+            self._hopeless |= how.code == Incompatible.exit_code
             what = f"was killed by signal {how.signal}" if how.signal else f"exited with {how.code}"
             log.warning("worker %d %s", how.pid, what)
             code = how.code if how.code is not None else -(how.signal or 0)
@@ -402,7 +409,7 @@ class Service:
 
     def _release(self, membership: Membership) -> None:
         self._watched.clear()
-        self._asked = self._forsaken = False
+        self._asked = self._forsaken = self._failed = self._hopeless = False
         names = [member.name for member in membership.members]
         self._ledger.begun(membership.generation, names, membership.reason)
         with self._changed:
@@ -458,10 +465,17 @@ class Service:
         membership: Membership | None = None
         try:
             membership = await self._in_storage(propose)
+            self._refused_since = None
         except Fenced as error:
             self._agent.refuse(str(error), error.exit_code)
-        except (CkptError, OSError, RuntimeError) as error:
+        except (CkptError, OSError) as error:
             log.warning("no generation could be begun: %s", error)
+        except RuntimeError as error:  # the store for the workers
+            log.warning("no generation could be begun: %s", error)
+            self._refused_since = self._refused_since or time.monotonic()
+            if self._options.store_port and time.monotonic() - self._refused_since > STORE_PORT_LIMIT_S:
+                what = f"port {self._options.store_port} is in use: free it, or leave ELASTIC_STORE_PORT unset"
+                self._agent.refuse(what, Incompatible.exit_code)
         self._store, self._offered = self._offered if membership is not None else None, None
         self._agent.proposed(membership, time.monotonic())
         self._carry_out()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,24 @@ main()
     assert "ValueError: boom" in (tmp_path / "failed").read_text(), said
     assert "failed 2 times without a new step" in said
     assert RunDirectory.open(tmp_path / "run").log.read().generation == 2
+
+
+def test_workers_whose_state_does_not_fit_end_the_job_at_once(tmp_path: Path) -> None:
+    """What another start does not change is started once more, in case it was one node's, and not ten times."""
+    text = "import ckpt, sys; ckpt.Checkpointer('other').save(1, {'what': lambda: 0}, blocking=True)"
+    code, said = end_of(elastic(tmp_path, "run", "run", "--", script(tmp_path, text), ELASTIC_JOIN_WINDOW_S="0"))
+    assert code == 76, said
+    assert "failed 2 times without a new step" in said
+    assert RunDirectory.open(tmp_path / "run").log.read().generation == 2
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, said = end_of(elastic(tmp_path, "run", "run", "--", "x.py", ELASTIC_PORT=port))
+    assert code == 13, said
+    assert f":{port}: Address already in use; set ELASTIC_PORT" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -272,8 +272,8 @@ def test_tensorboard_leaves_a_given_writer_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "package", "said"),
     [
-        (lambda path: Prometheus(), "prometheus_client", r"Prometheus needs .*pip install holdfast\[prometheus\]"),
-        (lambda path: TensorBoard(path), "tensorboard", r"TensorBoard needs .*pip install holdfast\[tensorboard\]"),
+        (lambda path: Prometheus(), "prometheus_client", r"Prometheus needs .*pip install 'holdfast\[prometheus\]'"),
+        (lambda path: TensorBoard(path), "tensorboard", r"TensorBoard needs .*pip install 'holdfast\[tensorboard\]'"),
     ],
 )
 def test_a_missing_extra_is_named(

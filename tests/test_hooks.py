@@ -99,7 +99,9 @@ def test_hooks_come_from_the_environment_and_from_code(tmp_path: Path, monkeypat
     assert isinstance(found.named[1][1], sys.modules["my_hooks"].A)
 
 
-@pytest.mark.parametrize("text", ["no_such_module:x", "elastic.hooks:nothing", "elastic.hooks:Event.x"])
+@pytest.mark.parametrize(
+    "text", ["no_such_module:x", "elastic.hooks:nothing", "elastic.hooks:Event.x", "elastic.hooks:Event"]
+)
 def test_hooks_that_are_not_there_are_an_error(text: str) -> None:
     with pytest.raises(Incompatible, match=r"cannot be loaded.*module:object"):
         load(text, 1.0)

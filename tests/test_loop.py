@@ -15,7 +15,7 @@ from keepers import until
 from states import model, train
 
 import ckpt
-from ckpt import Checkpointer, Every
+from ckpt import Checkpointer, Every, Incompatible
 from ckpt import checkpointer as checkpointer_module
 from ckpt.board import Board
 
@@ -169,3 +169,10 @@ with ckpt.Checkpointer("run") as checkpointer:
     assert done.returncode == code
     assert Checkpointer(tmp_path / "run").all_steps() == ([1] if asked else [])
     board.close()
+
+
+def test_what_cannot_be_saved_is_said_before_the_first_step(tmp_path: Path) -> None:
+    data, done = torch.utils.data.DataLoader(range(4)), list[int]()
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(Incompatible, match="StatefulDataLoader"):
+        done += checkpointer.steps(5, {"w": torch.ones(2), "data": data})  # type: ignore[dict-item]
+    assert done == []

@@ -84,6 +84,15 @@ def test_starts_from_nothing_and_says_so(train: Path) -> None:
     assert steps(train) == [1, 2]
 
 
+def test_a_command_that_saves_elsewhere_is_found_out(train: Path) -> None:
+    train.write_text(
+        TRAIN.replace("ckpt.Checkpointer(every", f"ckpt.Checkpointer({str(train.parent / 'other')!r}, every")
+    )
+    done = resume(train, total=2)
+    assert done.returncode == 0
+    assert "but nothing was saved in" in done.said  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_a_command_that_fails_is_started_again(train: Path, how: str) -> None:
     (train.parent / "die").write_text(f"3 {how}")

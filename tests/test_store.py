@@ -368,6 +368,8 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("gs://bucket/run")
     with pytest.raises(StorageError, match="cannot open 'what://bucket/run'"):
         open_store("what://bucket/run")
+    with pytest.raises(StorageError, match=r"did you mean s3://bucket/run\?"):
+        open_store("s3:/bucket/run")
     for url in ("", "file://host/run", "memory://run", "simplecache::s3://bucket/run", "s3://"):
         with pytest.raises(StorageError, match="expected a path"):
             open_store(url)

@@ -69,16 +69,20 @@ def resume(
     store = open_store(url)
     plan = _Plan(store, partial(choose, step=step, before=before, allow_older=allow_older))
     if dry_run:
-        plan.make(None)
+        plan.look(None)
         output(plan.json(), as_json, lambda found: click.echo(plan.words()))
         return
     if command[0] == "--":
         command = command[1:]
     supervisor = Supervisor(list(command), plan.make, plan.progress, _tell, restarts, allow_older)
     try:
-        sys.exit(supervisor.run())
+        code = supervisor.run()
     except OSError as error:
         raise click.UsageError(f"{command[0]}: {error.strerror}") from error
+    if code == 0 and not plan.progress():
+        place = plain(store.url)
+        _tell(f"but nothing was saved in {place}: is that where it saves? ckpt.Checkpointer() goes by CKPT_URL")
+    sys.exit(code)
 
 
 class _Plan:
@@ -91,7 +95,13 @@ class _Plan:
         self.environment: dict[str, str] = {}
 
     def make(self, failed: int | None) -> dict[str, str]:
-        """Look again, say what was found, and return the environment. Thorough where the bytes were found damaged."""
+        """Look again, say what was found, and return the environment."""
+        self.look(failed)
+        _tell(self.words())
+        return self.environment
+
+    def look(self, failed: int | None) -> None:
+        """Find what to go on from. Thorough where the bytes may be why the last start failed."""
         from ckpt.check import is_whole
 
         run = self._open()
@@ -109,8 +119,6 @@ class _Plan:
                 raise type(error)(f"{run.url}: {error}") from None
             self.environment = environment(run.url, self.choice, view.generation)
             self._back = self.environment.get(RESUME_FROM, "")
-        _tell(self.words())
-        return self.environment
 
     def _open(self) -> RunDirectory | None:
         try:

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
-from ckpt.errors import CkptError, Corrupt, SaveFailed
+from ckpt.errors import CkptError, Corrupt, Fenced, SaveFailed
 from ckpt.events import point
 from ckpt.holder import discard
 from ckpt.keeper.coordinator import failure, world_of
@@ -28,6 +28,7 @@ from ckpt.keeper.orders import (
     Copied,
     Freed,
     FromCoordinator,
+    Job,
     Layouts,
     Order,
     Ordered,
@@ -44,6 +45,7 @@ from ckpt.keeper.persist import Copying, Digests, Maps, Memory, Regrouped, part_
 from ckpt.keeper.ram import RamTier
 from ckpt.keeper.stock import Stock, without
 from ckpt.layout import owned_by
+from ckpt.log import check_fence
 from ckpt.manifest import PACKED, Chunk, Part, PartRef, data_name, decode_part, digest, encode_part, part_name
 from ckpt.packing import measure, pays
 from ckpt.run import RunDirectory
@@ -297,8 +299,19 @@ class Node:
             if not snapshot.ended and snapshot.stored is None:
                 await self._store(snapshot)
         except Exception as error:
+            error = await self._thread(self._reason, snapshot.order.job, error)
             if not snapshot.ended:
                 snapshot.link.tell(_broken(snapshot.attempt, snapshot.rank, error))
+
+    def _reason(self, job: Job, error: Exception) -> Exception:
+        """`error`, or that a newer start has the run: it removes what a stale one still writes."""
+        try:
+            check_fence(RunDirectory.at(self._run.store).log.read(), job.generation, job.holder)
+        except Fenced as fenced:
+            return fenced
+        except CkptError:
+            return error
+        return error
 
     async def _store(self, snapshot: Snapshot) -> None:
         """Bring a snapshot to the store: what is not there yet, and the part."""

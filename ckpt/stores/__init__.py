@@ -20,6 +20,7 @@ from ckpt.errors import StorageError
 from ckpt.store import Store
 from ckpt.stores.posix import PosixStore
 
+_ONE_SLASH = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss):/(?!/)")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/*(.*)", re.DOTALL)
 EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
@@ -31,6 +32,8 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     """
     text = os.fspath(url)
     parsed = _URL.fullmatch(text)
+    if (lost := _ONE_SLASH.match(text)) is not None:
+        raise StorageError(f"cannot open {text!r}: did you mean {lost[1]}://{text[lost.end() :]}?")
     if parsed is None and text and "://" not in text:
         return PosixStore(os.path.abspath(text))
     if text.startswith("file:///"):

@@ -85,6 +85,9 @@ class _Conductor:
             async with asyncio.timeout(self._scenario.limit_s):
                 await self._ended(directing)
             evidence.seconds = ground.now()
+            for node in ground.nodes.values():
+                if node.life.code not in (0, self._scenario.promise.exit_code, None) and not node.life.taken:
+                    self._tell(f"{node.name} ended with {node.life.code}; its log ends:\n{node.last_words()}")
             evidence.left = await left_behind(ground, LEFT_LIMIT_S)
         except TimeoutError:
             evidence.timed_out, evidence.seconds = True, ground.now()

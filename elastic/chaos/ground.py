@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+import ckpt
+import elastic
 from ckpt.events import VARIABLE
 from elastic.chaos import processes
 from elastic.chaos.cgroups import Cgroup, GroundError, root_of
@@ -224,6 +226,8 @@ class Ground:
         named = [Path(word).resolve() for word in command if os.path.exists(word)]
         paths = [self.folder, self.run, self.sockets, Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), *named]
         paths += [Path(path).resolve() for path in sys.path if path]
+        # Where they are installed as a checkout, nothing of sys.path leads to them.
+        paths += [Path(package.__file__).resolve().parent.parent for package in (ckpt, elastic) if package.__file__]
         return tuple(str(path) for path in sorted(set(paths)))
 
 

@@ -28,6 +28,7 @@ from elastic.chaos.listen import NODE_VARIABLE
 
 NETWORK = "10.231.77"
 TMPFS_MB = 4096
+WORDS = 4  # lines of a log that are shown
 START_LIMIT_S = 20.0
 COMMAND_LIMIT_S = 10
 
@@ -82,6 +83,14 @@ class Node(ABC):
         below = [] if agent is None else processes.children(agent)
         return sorted(pid for pid in below if processes.lives(pid) and _is_worker(pid))
 
+    def last_words(self) -> str:
+        """The end of its log."""
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text(errors="replace").splitlines()
+            said = [line for line in lines if line.strip() and not line.startswith("unshare: ")]
+            return "\n".join(said[-WORDS:])
+        return ""
+
     def keepers(self) -> list[int]:
         return [pid for pid in self.processes() if processes.is_keeper(pid)]
 
@@ -127,7 +136,7 @@ class Boxed(Node):
         assert self._box.stdin is not None
         self._box.stdin.write(b"go\n")
         await self._told("started")
-        self._agent = processes.children(self.init)[0]
+        self._agent = next(iter(processes.children(self.init)), None)  # None: it has ended already
         self._watch = asyncio.create_task(self._await_end())
 
     def _spec(self) -> dict[str, object]:

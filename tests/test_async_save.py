@@ -130,9 +130,9 @@ def test_a_keeper_that_does_not_start_is_started_again(tmp_path: Path, monkeypat
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("HOLDFAST_SPARED", str(tmp_path / "spared"))
     monkeypatch.setenv("HOLDFAST_ONCE", "")
-    monkeypatch.setattr(courier, "START_LIMIT_S", 2.0)
+    monkeypatch.setattr(courier, "START_LIMIT_S", 6.0)
     with Checkpointer(tmp_path / "run") as checkpointer:
-        with pytest.raises(SaveFailed, match=r"its process did not start.*SIGKILL"):
+        with pytest.raises(SaveFailed, match="the keeper of this node could not be started"):
             checkpointer.save(1, {"a": torch.zeros(10)}, blocking=True)
         monkeypatch.setattr(courier, "START_LIMIT_S", 30.0)
         monkeypatch.setenv("HOLDFAST_ONCE", "1")
@@ -195,8 +195,8 @@ def test_a_tmpfs_that_is_too_small_is_no_error(tmp_path: Path, monkeypatch: pyte
         seen = train_and_save(str(tmp_path / "run"), 3)
         check(str(tmp_path / "run"), 3, seen[3])
         until("the keeper has cleaned up", lambda: is_clean(small))
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    finally:  # once the keeper has not only cleaned up, but ended
+        until("it can be unmounted", lambda: subprocess.run(["umount", str(small)], check=False).returncode == 0)
 
 
 def test_a_write_by_hand_during_the_copy_fails_the_save_loudly(tmp_path: Path) -> None:

@@ -182,7 +182,11 @@ class RunLog:
             if standing is not None:
                 return cast(RecordT, standing)
             if len(unknown) == _UNKNOWN_LIMIT:
-                raise unknown[-1]
+                url, tries, last = self._store.url, len(unknown), unknown[-1]
+                raise OutcomeUnknown(
+                    f"append to the log of {url}: gave up after {tries} tries, the last one failed with: {last}. "
+                    f"The record does not stand there, and may yet: `ckpt ls {url}` shows it once the store works"
+                ) from last
             if unknown:
                 self._sleep(min(_LOOK_S * 2 ** len(unknown), _UNKNOWN_WAIT_S))
             record = decide(self._view)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -338,8 +339,15 @@ def _mismatch(local: Local, spec: TensorSpec, cast: bool) -> str | None:
     return None
 
 
+_OF_OPTIMIZERS: Final = re.compile(r"/(group_of|state)/")
+
+
 def _explain(reader: StepReader, problems: Sequence[str]) -> str:
-    shown = "\n  ".join(problems[:40]) + (f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else "")
+    following = [problem for problem in problems if _OF_OPTIMIZERS.search(problem)]
+    first = [problem for problem in problems if problem not in following] or following
+    shown = "\n  ".join(first[:40]) + (f"\n  ... and {len(first) - 40} more" if len(first) > 40 else "")
+    if following and first is not following:
+        shown += f"\n  ... and {len(following)} of optimizers, which follow from these"
     return (
         f"step {reader.commit.step} of {reader.run.url} does not fit the state:\n  {shown}\n"
         f"Nothing was touched. `ckpt show {reader.run.url}` lists what the step holds; only=[...], rename=, cast=True "

@@ -137,6 +137,17 @@ def test_another_model(tmp_path: Path) -> None:
     assert not other["optim"].state
 
 
+def test_another_model_is_named_before_what_its_optimizer_lacks(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    deep = torch.nn.Sequential(*model(1), torch.nn.Linear(3, 3))
+    with pytest.raises(Incompatible) as caught:
+        ckpt.restore(tmp_path, {"model": deep, "optim": torch.optim.AdamW(deep.parameters()), "box": Box(0), "n": 0})
+    message = str(caught.value)
+    assert "missing in the checkpoint: model/4.weight" in message
+    assert "of optimizers, which follow" in message
+    assert "group_of" not in message
+
+
 def test_a_state_is_a_dict_or_a_list_with_names(tmp_path: Path) -> None:
     refuses_to_save(tmp_path / "a", model(0), r'a state is a dict or a list, not Sequential: \{"model": model')
     refuses_to_save(tmp_path / "b", {"a": {1: torch.ones(1)}}, "a: keys of a state are strings, got .1")

@@ -147,7 +147,8 @@ class Agent(Leading):
                 for name in self.job.__struct_fields__
                 if getattr(said.job, name) != getattr(self.job, name)
             )
-            return Refused(f"it belongs to another job than {self.me.name} ({self.me.node}): {differ}")
+            works = self.leads or self.upstream is not None or self.membership is not None
+            return Refused(f"it belongs to another job than {self.me.name} ({self.me.node}): {differ}", works)
         follows = self._known(self.upstream) if self.upstream is not None else None
         return Welcome(self.leads, self.seen.generation, follows, self.finished)
 
@@ -234,7 +235,11 @@ class Agent(Leading):
         if self.upstream is not None or self.leads:
             self._do(Follow(None))
             return
-        refused = [said.reason for said in answers.values() if isinstance(said, Refused)]
+        refused = [
+            said.reason
+            for node, said in answers.items()  # of two jobs that begin at once, one stays
+            if isinstance(said, Refused) and (said.works or self._order(node) < self._order(self.me.node))
+        ]
         if refused:
             self._do(Follow(None))
             self._end(EXIT_REFUSED, refused[0])

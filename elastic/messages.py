@@ -47,7 +47,10 @@ class Welcome(_Message, frozen=True):
 
 
 class Refused(_Message, frozen=True):
+    """`works`: who says so has a generation, or follows somebody; else it only waits to begin, as who asks does."""
+
     reason: str
+    works: bool = True
 
 
 class Join(_Message, frozen=True):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from elastic.actions import Note, Propose, Seen
+from elastic.actions import Exit, Note, Propose, Seen
 from elastic.agent import Agent
 from elastic.decide import Limits, Timing
 from elastic.failures import backoff_s
 from elastic.membership import Member, Membership
-from elastic.messages import Job
+from elastic.messages import Hello, Job, Refused
 
 ME = Member("a", "host-a", ("10.0.0.1",), 7)
 
@@ -46,3 +46,21 @@ def test_a_restart_waits_after_failures_without_a_step_and_not_after_one_with() 
         agent.proposed(membership(generation + 1), now)
     assert waited == [0.0, 0.0, 1.0, 2.0, 0.0]
     assert notes == ["3 failures without a new step: waiting for 1 s"], "said once"
+
+
+def test_of_two_jobs_that_begin_at_once_one_stays() -> None:
+    """Each refuses the other: the one that comes first in order goes on, and a job that works always does."""
+    agents = {}
+    for node in ("a", "b"):
+        me = Member(node, f"host-{node}", ("127.0.0.1",), 1)
+        agents[node] = Agent(me, Job("job", f"command of {node}", "", ""), Limits(1, 1), Timing())
+    for node, other in (("a", "b"), ("b", "a")):
+        answer = agents[other].hello(Hello(agents[node].me, agents[node].job))
+        assert isinstance(answer, Refused)
+        agents[node].sought({other: answer}, 0.0)
+    assert not any(isinstance(action, Exit) for action in agents["a"].actions())
+    (ended,) = [action for action in agents["b"].actions() if isinstance(action, Exit)]
+    assert "another job than host-a" in ended.reason
+    working = Refused("the job of b works", works=True)
+    agents["a"].sought({"b": working}, 1.0)
+    assert any(isinstance(action, Exit) for action in agents["a"].actions())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -29,14 +29,17 @@ if TYPE_CHECKING:
     from ckpt.interop.moving import Moved
 
 
+_SUFFIXES: Final[dict[str, Format]] = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch"}
+
+
 @click.command("export")
 @click.argument("source", metavar="URL")
 @click.argument("target", metavar="TO", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="Whose checkpoint to write.")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="Whose checkpoint to write; a file's name tells it.")
 @click.option("--only", default="", metavar="KEY", help="What lies at this key, as `model`; names begin below it.")
 @click.option("--max-shard-bytes", type=click.IntRange(1), default=SHARD_BYTES, show_default=True, help="For hf.")
 @json_option
-def export_run(source: str, target: Path, form: Format, only: str, max_shard_bytes: int, as_json: bool) -> None:
+def export_run(source: str, target: Path, form: Format | None, only: str, max_shard_bytes: int, as_json: bool) -> None:
     """Write a step as a checkpoint of another library.
 
     URL is URL or URL@STEP. TO must not exist: a directory for hf and dcp, a file for safetensors and torch. Tensors
@@ -46,8 +49,8 @@ def export_run(source: str, target: Path, form: Format, only: str, max_shard_byt
     \b
     Examples:
       ckpt export /data/run@12000 gpt2 --format hf --only model
-      ckpt export /data/run model.safetensors --format safetensors --only model
-      ckpt export s3://bucket/run state.pt --format torch
+      ckpt export /data/run model.safetensors --only model
+      ckpt export s3://bucket/run state.pt
 
     \b
     --json prints
@@ -57,6 +60,11 @@ def export_run(source: str, target: Path, form: Format, only: str, max_shard_byt
     from ckpt.interop.moving import export_step
     from ckpt.restorer import StepReader
 
+    form = form or _SUFFIXES.get(target.suffix)
+    if form is None:
+        raise click.UsageError(
+            f"{target.name} does not tell what to write: --format hf or dcp for a directory, or torch"
+        )
     run, view, number = open_at(source)
     commit = find(run, view, number)
     with byte_progress(commit.nbytes) as told:

@@ -87,7 +87,7 @@ def export_step(
     Raises Incompatible if `target` exists or the format cannot hold the tensors, NotFound if `only` names nothing.
     """
     tree = _tree(reader, only)
-    notes = _left_out(reader)
+    notes = [] if only else _left_out(reader)
 
     def read(leaf: Leaf, box: Slice) -> torch.Tensor:
         assert isinstance(leaf, StepTensor)

@@ -442,6 +442,16 @@ def test_the_commands_refuse_what_would_overwrite_or_race(tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir() if ".tmp-" in p.name) == []
 
 
+def test_the_name_of_a_file_tells_its_format(tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"w": torch.arange(3.0)}, blocking=True)
+    for name, read in (("w.safetensors", load_file), ("w.pt", read_torch)):
+        CliRunner().invoke(cli, ["export", str(tmp_path / "run"), str(tmp_path / name)], catch_exceptions=False)
+        assert read(tmp_path / name)["w"].tolist() == [0, 1, 2]
+    refused = CliRunner().invoke(cli, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert (refused.exit_code, "--format hf or dcp" in refused.output) == (2, True)
+
+
 def test_a_failed_export_or_import_leaves_nothing(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(500_000)}, tmp_path / "a.pt")
     load_in(tmp_path / "a.pt", tmp_path / "run")

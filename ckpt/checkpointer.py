@@ -238,7 +238,7 @@ class Checkpointer:
         on_first(self._ranks, lambda: self._go_on_from(done.attempt))
         self._saver.forget_start()
         self._saved_at, self._last_saved = time.monotonic(), done.step
-        if watched():
+        if watched() and only is None:  # a part of a state is not what was saved
             holds = collect_state(state, self._ranks.rank, self._ranks.size)
             tell_echo("restore", holds, self._ranks.rank, step=done.step, world=self._ranks.size, attempt=done.attempt)
         return done.step

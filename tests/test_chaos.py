@@ -37,7 +37,7 @@ from elastic.chaos.scenario import Scenario
 from elastic.cli import cli
 
 TESTS = Path(__file__).parent
-SCRIPT = str(TESTS / "chaos_script.py")
+SCRIPT, TRAINER = str(TESTS / "chaos_script.py"), str(TESTS / "chaos_trainer.py")
 
 boxed = pytest.mark.skipif("boxes" not in CAN, reason="needs root for namespaces")
 
@@ -452,6 +452,16 @@ def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
     chaos(patient(name), [SCRIPT, "800" if name == "node-gain" else "40"])  # an agent takes seconds to come
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", ["worker-kill", "agent-kill", "leader-loss", "node-loss", "link-cut", "two-nodes"])
+def test_the_trainer_survives(chaos: Chaos, name: str) -> None:
+    """The example as it stands: its callback tells of steps, saves and restores, since it goes by `steps`."""
+    scenario = patient(name)
+    late = [replace(one, trigger=replace(one.trigger, step=one.trigger.step and 30)) for one in scenario.faults]
+    report = chaos(replace(scenario, faults=tuple(late)), [TRAINER, "160"])  # it saves every 20 steps
+    assert "restores of" in report["oracles"][2]["evidence"]
 
 
 @pytest.mark.prove

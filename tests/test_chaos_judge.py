@@ -134,6 +134,10 @@ def test_more_saves_lost_than_promised_is_red() -> None:
 
 def test_a_loss_that_differs_the_second_time_is_red_and_so_is_one_of_the_undisturbed_run() -> None:
     assert losses_are_the_undisturbed_ones(changed(good(), "step", 2, 0, metrics={"loss": 1.6})).verdict == "red"
+    resized = changed(good(), "step", 2, 0, metrics={"loss": 1.6}, world=1)
+    assert losses_are_the_undisturbed_ones(resized).verdict == "not judged"
+    resized.marks.append(mark("batch", 2, 9.0))  # the same batches on any number of ranks
+    assert losses_are_the_undisturbed_ones(resized).verdict == "red"
     assert losses_are_the_undisturbed_ones(replace(good(), reference={2: {"loss": 2.1}})).verdict == "red"
     assert losses_are_the_undisturbed_ones(replace(good(), reference={2: {"loss": 2.0}})).verdict == "green"
 

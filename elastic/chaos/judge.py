@@ -123,7 +123,15 @@ def recovered_in_time(evidence: Evidence) -> Judgement:
 
 
 def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
-    """Of steps that were computed twice, and of all where there is an undisturbed run to compare with."""
+    """Of steps that were computed twice, and of all where there is an undisturbed run to compare with.
+
+    Where other batches were made on another number of ranks there is nothing to compare.
+    """
+    what = "of the undisturbed run" if evidence.reference else "that it was the first time"
+    worlds = {mark.facts.get("world") for mark in evidence.named("step")}
+    if len(worlds) > 1 and not evidence.named("batch"):
+        why = "the number of ranks changed, and the batches with it: elastic.batches keeps them"
+        return Judgement(f"each metric is the one {what}", "not judged", why)
     wrong, judged, first = [], 0, dict(evidence.reference)
     for mark in evidence.named("step"):
         if mark.rank != 0 or not mark.facts.get("metrics"):
@@ -135,7 +143,6 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
         if differs := [name for name, value in known.items() if not _alike(value, mark.facts["metrics"].get(name))]:
             name = differs[0]
             wrong.append(f"step {mark.step}: {name} {mark.facts['metrics'].get(name)}, expected {known[name]}")
-    what = "of the undisturbed run" if evidence.reference else "that it was the first time"
     return _judged(f"each metric is the one {what}", wrong, judged, f"{judged} steps compared",
                    "no step was computed twice with a metric reported; --reference compares all")  # fmt: skip
 

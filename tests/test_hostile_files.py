@@ -344,6 +344,13 @@ def test_a_field_that_stands_twice_in_a_record(tmp_path: Path) -> None:
         decode_record(body + seal(body))
 
 
+def test_half_a_character_in_a_record() -> None:
+    """Nobody could write such a text again, or print it. Found by `test_fuzz`."""
+    body = encode_record(Unpin(nonce="a", name="mine"))[: -len(seal(b""))] + rb',"later":"\ud800"'
+    with pytest.raises(ckpt.Corrupt, match="cannot be read"):
+        decode_record(body + seal(body))
+
+
 @pytest.mark.parametrize("what", ["steps", "log", "attempt"])
 def test_a_directory_that_is_a_link_is_refused(tmp_path: Path, what: str) -> None:
     attempt = forge(tmp_path / "run")

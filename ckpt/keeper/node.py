@@ -305,6 +305,8 @@ class Node:
 
     def _reason(self, job: Job, error: Exception) -> Exception:
         """`error`, or that a newer start has the run: it removes what a stale one still writes."""
+        if isinstance(error, Fenced):
+            return error
         try:
             check_fence(RunDirectory.at(self._run.store).log.read(), job.generation, job.holder)
         except Fenced as fenced:

@@ -52,11 +52,6 @@ _EXTENSION, _BIG_INT, _SURROGATE_STR, _DICT = 0, 1, 2, 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FACTORIES: dict[str, type] = {t.__name__: t for t in (int, float, list, dict, set, str, bool, tuple)}
 COLLISIONS_LIMIT = 1000  # keys of one table with the hash of another one
-_WRAP = "wrap it in an object with state_dict() and load_state_dict(), or leave it out"
-_ADVICE = {
-    "DataLoader": "its place in the data cannot be asked for. Take torchdata's StatefulDataLoader or elastic.batches; "
-    "if it is left out, a restored run begins the data anew"
-}
 _NATIVE_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -136,7 +131,7 @@ class _Writer:
         except Incompatible as error:
             self.refuse(value, str(error))
         if extension is None:
-            self.refuse(value, _ADVICE.get(type(value).__name__, _WRAP))
+            self.refuse(value, "wrap it in an object with state_dict() and load_state_dict(), or leave it out")
         tag, payload = extension
         return [tag, self.child(f".<{tag}>", None, payload)]
 

@@ -52,9 +52,12 @@ def create(path: str, nbytes: int) -> int:
     return fd
 
 
-def open_read(path: str) -> int:
-    """A descriptor of the file `path` for ordinary reads. OSError for a pipe or a terminal: those could wait."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+def open_read(path: str, follow: bool = False) -> int:
+    """A descriptor of the file `path` for ordinary reads; only with `follow` of one that a link leads to.
+
+    OSError for a pipe or a terminal: those could wait.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         os.close(fd)

@@ -343,11 +343,10 @@ _OF_OPTIMIZERS: Final = re.compile(r"/(group_of|state)/")
 
 
 def _explain(reader: StepReader, problems: Sequence[str]) -> str:
-    following = [problem for problem in problems if _OF_OPTIMIZERS.search(problem)]
-    first = [problem for problem in problems if problem not in following] or following
-    shown = "\n  ".join(first[:40]) + (f"\n  ... and {len(first) - 40} more" if len(first) > 40 else "")
-    if following and first is not following:
-        shown += f"\n  ... and {len(following)} of optimizers, which follow from these"
+    ordered = sorted(
+        problems, key=lambda problem: _OF_OPTIMIZERS.search(problem) is not None
+    )  # they follow from others
+    shown = "\n  ".join(ordered[:40]) + (f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else "")
     return (
         f"step {reader.commit.step} of {reader.run.url} does not fit the state:\n  {shown}\n"
         f"Nothing was touched. `ckpt show {reader.run.url}` lists what the step holds; only=[...], rename=, cast=True "

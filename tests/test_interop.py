@@ -517,6 +517,17 @@ def test_two_gibibytes_take_little_memory_in_every_format(tmp_path: Path) -> Non
 # Of frameworks
 
 
+def test_weights_in_both_formats_are_weights_and_not_a_training(tmp_path: Path) -> None:
+    """As hubs offer them; beside an optimizer they are a training's, and safetensors counts."""
+    save_file({"w": torch.arange(3.0)}, tmp_path / "model.safetensors")
+    torch.save({"w": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    load_in(tmp_path, tmp_path / "run", prefix="model")
+    assert ckpt.load(tmp_path / "run")["model/w"].tolist() == [0, 1, 2]
+    torch.save(torch.optim.SGD([nn.Parameter(torch.zeros(3))]).state_dict(), tmp_path / "optimizer.bin")
+    load_in(tmp_path, tmp_path / "training")
+    assert ckpt.load(tmp_path / "training")["model/w"].tolist() == [0, 1, 2]
+
+
 def a_step(net: nn.Module, *objects: Any, inputs: torch.Tensor) -> None:
     net(inputs).square().sum().backward()
     for each in objects:

@@ -87,13 +87,19 @@ def extend_encode(value: object) -> tuple[str, object] | None:
     """(tag, payload) of a torch or NumPy object, None for anything else.
 
     Tensors lose `requires_grad` and their device. Raises Incompatible for one whose bytes cannot be stored exactly:
-    tensor and array subclasses, DTensor among them, sparse, quantized and meta tensors, object and structured arrays.
+    tensor and array subclasses, DTensor among them, sparse, quantized and meta tensors, object and structured arrays;
+    and for a DataLoader.
     """
     write = _WRITE.get(type(value))
     if write is not None:
         return write(value)
     if isinstance(value, torch.Tensor):
         raise Incompatible("only plain tensors and parameters fit into a value; keep it as an entry of the state")
+    if isinstance(value, torch.utils.data.DataLoader):
+        raise Incompatible(
+            "its place in the data cannot be asked for. Take torchdata's StatefulDataLoader or elastic.batches; if it "
+            "is left out, a restored run begins the data anew"
+        )
     numpy = sys.modules.get("numpy")
     return None if numpy is None else _write_numpy(numpy, value)
 

@@ -6,11 +6,9 @@ when they are asked for, and every range is checked against the file as it is th
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ckpt import direct
 from ckpt.adapt.tensors import bytes_view
 from ckpt.adapt.values import dtype_from_name
 from ckpt.buffers import narrow
@@ -61,15 +60,6 @@ def file_tensor_extent(shape: tuple[int, ...], strides: tuple[int, ...], box: Sl
     return Extent(box, path, at, None if plain else strides)
 
 
-def _open_file(path: str) -> int:
-    """A descriptor of the file that `path` leads to, also by a link; a pipe, which could wait, is refused."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "this is no file", path)
-    return fd
-
-
 class Files:
     """The files that tensors are read from, opened once each. Reads come from any thread."""
 
@@ -79,7 +69,7 @@ class Files:
     def open(self, path: str) -> int:
         if path not in self._fds:
             try:
-                self._fds[path] = _open_file(path)
+                self._fds[path] = direct.open_read(path, follow=True)
             except OSError as error:
                 raise StorageError(f"open {path}: {error.strerror}") from error
         return self._fds[path]

@@ -26,23 +26,30 @@ _COUNTS_LIMIT_BYTES: Final = 64 << 20
 
 
 def is_training(directory: Path) -> bool:
-    """Whether an optimizer lies there, or weights as `torch.save` writes them."""
+    """Whether an optimizer or the like lies there, or no weights but those that `torch.save` wrote.
+
+    What a hub offers for download often has its weights in both formats, and is no training.
+    """
     names = [path.name for path in directory.iterdir()]
-    return any((_OBJECT.fullmatch(n) or _WEIGHTS.fullmatch(n)) and not n.endswith(".safetensors") for n in names)
+    weights = {found[2] for name in names if (found := _WEIGHTS.fullmatch(name))}
+    return any(map(_OBJECT.fullmatch, names)) or (weights == {"bin"} and INDEX_NAME not in names)
 
 
 def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) -> tuple[dict[str, Any], list[str], bool]:
     """The tree in a folder, what was left out, and whether its models list their parameters in their own order.
 
-    safetensors files do not. `read` gives the tree in a file of torch.save. Raises as the readers of the files do.
+    safetensors files do not, and count where weights are there in both formats. `read` gives the tree in a file of
+    torch.save. Raises as the readers of the files do.
     """
     tree: dict[str, Any] = {}
     left: list[str] = []
     ordered = True
     for path in sorted(directory.iterdir()):
         if weights := _WEIGHTS.fullmatch(path.name):
-            ordered &= weights[2] == "bin"
-            tree[weights[1]] = read(path) if weights[2] == "bin" else read_safetensors(path, files)
+            if weights[2] == "safetensors":
+                tree[weights[1]], ordered = read_safetensors(path, files), False
+            elif not (path.parent / f"{weights[1]}.safetensors").exists():
+                tree[weights[1]] = read(path)
         elif found := _OBJECT.fullmatch(path.name):
             tree[found[1]] = read(path)
         elif _LEFT.fullmatch(path.name):

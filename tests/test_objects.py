@@ -379,6 +379,11 @@ def test_what_was_acknowledged_stands_there_once_in_azure(
         assert sum(proxy.met.values()) > proxy.met[""]
 
 
+def once(fault: str) -> int:
+    """The requests of an exclusive create, at most: aiohttp repeats one whose kept connection was closed."""
+    return 2 if fault in ("reset", "lost", "cut") else 1
+
+
 @pytest.mark.parametrize("fault", ["stall", "503"])
 def test_a_storm_before_azure_ends_at_its_deadline(
     fault: str, azurite_server: str, monkeypatch: pytest.MonkeyPatch
@@ -392,9 +397,28 @@ def test_a_storm_before_azure_ends_at_its_deadline(
         for act in (lambda: store.put("x", b"data"), lambda: store.size("x"), lambda: store.list("x")):
             with pytest.raises(StorageError, match=r"gave up after \d+ tries in \d s, the last"):
                 act()
+        asked = proxy.met.total()
         with pytest.raises(OutcomeUnknown, match=r"create az://c/run/y"):
             store.create("y", b"data")
         assert monotonic() - began < 40
+        assert proxy.met.total() <= asked + once(fault), "an exclusive create was asked for again"
+
+
+@pytest.mark.prove  # its server is in Python, too
+@pytest.mark.parametrize("fault", ["500", "503", "429", "reset"])
+def test_google_is_asked_once_for_an_exclusive_create(
+    fault: str, gcs_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed here: `make prove` brings it")
+    from ckpt.stores.gcs import GcsBucket
+
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    with faulty(gcs_server, 0, rate=1.0, faults=[fault]) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        store = ObjectStore(Retried(GcsBucket("gs", "bucket")), "run")
+        with pytest.raises(OutcomeUnknown, match=r"create gs://bucket/run/y"):
+            store.create("y", b"data")
+        assert proxy.met.total() <= once(fault)
 
 
 @pytest.mark.parametrize("fault", ALL)
@@ -406,8 +430,10 @@ def test_a_storm_ends_at_its_deadline(fault: str, moto_server: str, monkeypatch:
         store = ObjectStore(Retried(s3.S3Bucket(url.removeprefix("s3://")), retry_s=3.0), "run")
         with pytest.raises(StorageError, match=r"put s3://bucket-.*/run/x: gave up after \d+ tries in \d s, the last"):
             store.put("x", b"data")
+        asked = proxy.met.total()
         with pytest.raises(OutcomeUnknown, match=r"create s3://bucket-.*/run/y"):
             store.create("y", b"data")
+        assert proxy.met.total() <= asked + once(fault), "an exclusive create was asked for again"
 
 
 def test_an_unknown_bucket_and_wrong_keys_say_what_to_do(moto_server: str, ceph_server: str, monkeypatch: Any) -> None:

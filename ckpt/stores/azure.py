@@ -14,7 +14,7 @@ from azure.storage.blob import BlobBlock
 from fsspec.asyn import sync
 
 from ckpt.stores.anyfs import PART_BYTES, FsspecBucket
-from ckpt.stores.bucket import REQUEST_S, Upload, parts_of
+from ckpt.stores.bucket import Upload, parts_of
 
 BLOCKS_LIMIT: Final = 50_000
 
@@ -22,10 +22,21 @@ BLOCKS_LIMIT: Final = 50_000
 class AzureBucket(FsspecBucket):
     """The container `name`."""
 
+    def create(self, key: str, data: bytes) -> None:
+        # If the client asked again, the second answer would be about its own first request.
+        self.with_blob(
+            "create",
+            key,
+            lambda client: client.upload_blob(data, overwrite=False, validate_content=True, retry_total=0),
+            exclusive=True,
+        )
+
     def upload(self, key: str, nbytes: int) -> tuple[Upload, int]:
         return _Blocks(self, key), parts_of(nbytes, PART_BYTES, BLOCKS_LIMIT)
 
-    def with_blob(self, operation: str, key: str, act: Callable[[Any], Awaitable[Any]]) -> None:
+    def with_blob(
+        self, operation: str, key: str, act: Callable[[Any], Awaitable[Any]], exclusive: bool = False
+    ) -> None:
         """Have the client of one blob do something. Raises the errors of every bucket."""
 
         async def on_loop(path: str) -> None:
@@ -33,7 +44,7 @@ class AzureBucket(FsspecBucket):
             async with self._fs.service_client.get_blob_client(container, blob) as client:
                 await act(client)
 
-        self._run(operation, key, lambda path: sync(self._fs.loop, on_loop, path, timeout=REQUEST_S))
+        self._run(operation, key, lambda path: sync(self._fs.loop, on_loop, path, **self._bounded), exclusive)
 
 
 class _Blocks:

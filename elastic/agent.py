@@ -150,7 +150,7 @@ class Agent(Leading):
             works = self.leads or self.upstream is not None or self.membership is not None
             return Refused(f"it belongs to another job than {self.me.name} ({self.me.node}): {differ}", works)
         follows = self._known(self.upstream) if self.upstream is not None else None
-        return Welcome(self.leads, self.seen.generation, follows, self.finished)
+        return Welcome(self.leads, self.seen.generation, follows, self._yields)
 
     def joined(self, said: Join, now: float) -> None:
         if self.upstream is not None or self.over:
@@ -222,7 +222,7 @@ class Agent(Leading):
         if node is None:
             if self.upstream is not None:
                 name, self.upstream = self.upstream, None
-                self._seek_at = now
+                self._seek_at = self._joined_at = now
                 self._kill(f"lost {name}, which led: {reason}")
                 self._do(Forsake())
         else:
@@ -249,7 +249,7 @@ class Agent(Leading):
         generation = self.seen.generation
         leaders = [node for node, w in welcomes.items() if w.leads and w.generation >= generation]
         free = {node: w for node, w in welcomes.items() if not w.leads and not w.follows and w.generation >= generation}
-        before = [node for node, w in free.items() if (w.finished, self._order(node)) < self._own_order()]
+        before = [node for node, w in free.items() if (w.yields, self._order(node)) < self._own_order()]
         chosen = next(iter(leaders or before), None)
         self._candidate = chosen is None and not self._hints
         self._do(Follow(chosen))
@@ -317,9 +317,9 @@ class Agent(Leading):
         if membership is None:
             self._looked_at, self._looked = 0.0, False  # somebody was faster, or storage is away: look first
             return
-        self.membership = membership
+        self.membership, self._failures = membership, membership.failures.shifted(now)
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
-        self.upstream, self._candidate = None, False
+        self.upstream, self._candidate, self._abdicated = None, False, False
         self._change = self._pause = self._inspection = None
         self._forsaken = False
         for paces in (self._paces, self._suspects, self._slow):
@@ -406,8 +406,8 @@ class Agent(Leading):
     # Small things
 
     def _go(self, membership: Membership, now: float) -> None:
-        self._failures = membership.failures.shifted(now)
-        self.membership, self._gone_to = membership, membership.generation
+        self._failures, self._abdicated = membership.failures.shifted(now), False
+        self.membership, self._gone_to, self._began_at = membership, membership.generation, now
         self.seen = replace(self.seen, generation=membership.generation, membership=membership, over=False)
         self.shared.clear()
         self._release(membership)
@@ -422,7 +422,7 @@ class Agent(Leading):
         members = self.membership.members if self.membership else ()
         known = {member.node: member for member in (*members, *self.seen.announced)}
         for node in sorted(known, key=self._order):
-            if self.finished or self._order(node) < self._order(self.me.node):
+            if self._yields or self._order(node) < self._order(self.me.node):
                 found.setdefault(node, known[node])
         found.pop(self.me.node, None)
         return tuple(found.values())
@@ -432,7 +432,7 @@ class Agent(Leading):
         return (rank, "") if rank is not None else (1 << 30, node)
 
     def _own_order(self) -> tuple[bool, tuple[int, str]]:
-        return (self.finished, self._order(self.me.node))
+        return (self._yields, self._order(self.me.node))
 
     def _known(self, node: str) -> Member | None:
         members = self.membership.members if self.membership else ()

@@ -42,7 +42,7 @@ def cli() -> None:
     Exit codes of run: that of the first worker that failed, and
       0 done   11 another job has the run
       75 too few nodes for too long, or tcp:// has forgotten the job
-      76 workers failed again and again without a new step
+      76 workers or nodes failed again and again without a new step
       130/143 signals; 143 also where this node left as planned
     """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from elastic.actions import Action, Close, Exit, Forsake, Halt, Kill, Look, Note, Propose, Release, Seen, Send, Trace
 from elastic.decide import Limits, Pace, Timing, arrange, may_take, stragglers, would_grow
-from elastic.failures import NO_FAILURES, backoff_s
+from elastic.failures import NO_FAILURES, Failures, backoff_s
 from elastic.membership import Member, Membership
 from elastic.messages import Down, End, Inspect, Job, Leave, Lost, Pause, Stack, Stop, Up
 
@@ -104,6 +104,11 @@ class Leading:
         """Whether the newest membership is ours to change."""
         return self.membership is not None and self.membership.leader == self.me.node and not self._abdicated
 
+    @property
+    def _yields(self) -> bool:
+        """Whether we lead only if nobody else does."""
+        return self.finished or self._abdicated
+
     def actions(self) -> list[Action]:
         """What is to be done since the last call, in order."""
         done, self._out = self._out, []
@@ -129,7 +134,8 @@ class Leading:
             idle = [m for m in self.membership.members if self._is_ready(m.node)]
             if absent:
                 names = [member.name for member in self.membership.members if member.node in absent]
-                self._begin_change(f"lost {', '.join(names)}", now)
+                if not self._is_fruitless(0, now):
+                    self._begin_change(f"lost {', '.join(names)}", now)
             elif idle:
                 self._member_stopped(idle[0], False, now)
             elif self._inspection is not None:
@@ -139,7 +145,7 @@ class Leading:
                     self._begin_change(f"{self._pause.reason}; the workers did not stop by themselves", now)
             elif reason := self._why_pause(now):
                 self._begin_pause(reason, now)
-        if self._change is not None and self.finished:
+        if self._change is not None and self.finished:  # our own workers have ended well
             self._abdicate()
         elif self._change is not None:
             self._gather(now)
@@ -148,7 +154,7 @@ class Leading:
         return self.ready if node == self.me.node else node in self.followers and self.followers[node].ready
 
     def _abdicate(self) -> None:
-        """Our own workers have ended well and others must go on: whoever works on leads."""
+        """Others go on without us: whoever works on leads."""
         assert self.membership is not None
         self._abdicated, self._change, self._pause, self._inspection = True, None, None, None
         self._do(Look(self.membership.generation, announce=False, over=True))
@@ -175,14 +181,19 @@ class Leading:
 
     def _is_fruitless(self, step: int, now: float, hopeless: bool = False) -> bool:
         """Count a failure; whether it was the last that the job had. Of `hopeless` ones that is the second in a row."""
-        soon = now - self._began_at < self.timing.fruitless_s
-        self._failures = found = self._failures.count(step, self.seen.head, soon=soon)
-        self._resume_at = now + backoff_s(found.row)
+        self._failures = self._with_one_more(step, now)
+        self._resume_at = now + backoff_s(self._failures.row)
+        return self._gave_up(self._failures, hopeless)
+
+    def _with_one_more(self, step: int, now: float) -> Failures:
+        return self._failures.count(step, self.seen.head, soon=now - self._began_at < self.timing.fruitless_s)
+
+    def _gave_up(self, found: Failures, hopeless: bool = False) -> bool:
         limit = min(self.timing.fruitless_limit, HOPELESS_LIMIT) if hopeless else self.timing.fruitless_limit
         if not limit or found.row < limit:
             return False
         where = f"after step {found.step}, always there" if found.step else "without a new step"
-        self._end_all(EXIT_FRUITLESS, f"the workers failed {found.row} times {where}: see their errors above")
+        self._end_all(EXIT_FRUITLESS, f"workers or nodes failed {found.row} times in a row {where}: see the log above")
         return True
 
     # A hang
@@ -326,19 +337,28 @@ class Leading:
             return
         if self._should_wait(ready, now):
             return
+        avoid = self._avoid(now)
+        if self.leads and self.me.node in avoid and self.limits.fit(len(ready.keys() - avoid)):
+            self._do(Note(f"{self.me.name}, which leads, failed again and again: others go on, without it"))
+            self._abdicate()
+            return
         before = [m for m in self.membership.members if m.node not in self._finished] if self.membership else []
         limits = Limits(1, self.limits.maximum) if self._finished else self.limits  # the rest ends what is left
         group = [self.me, *ready.values()]
-        chosen = arrange(before, group, limits, proposer=self.me.node, avoid=self._avoid(now))
+        chosen = arrange(before, group, limits, proposer=self.me.node, avoid=avoid)
         if not chosen:
             self._too_few(len(group), now)
             return
         reason = self._change.reason if self._change else verdict.reason
+        found = self._failures
         if self.membership is not None and not any(self._is_member(member.node) for member in group):
-            self._failures = NO_FAILURES  # all are new: so is the job
+            found = NO_FAILURES  # all are new: so is the job
+        elif self.membership is not None and self._change is None and not self.seen.over:  # its leader died
+            found = self._with_one_more(0, now)
+            if self._gave_up(found):
+                return
         self._proposing = True
-        failures = self._failures.shifted(-now)
-        self._do(Propose(chosen, self.seen.generation, reason, verdict.leader_gone, failures))
+        self._do(Propose(chosen, self.seen.generation, reason, verdict.leader_gone, found.shifted(-now)))
 
     def _gather_finished(self, now: float) -> None:
         """A candidate whose own workers ended well: if nobody is left to work, the job is done."""
@@ -379,7 +399,7 @@ class Leading:
 
     # Small things
 
-    def _avoid(self, now: float) -> Collection[str]:
+    def _avoid(self, now: float) -> frozenset[str]:
         return self._failures.quarantined(
             now, failures=self.timing.quarantine_failures, window_s=self.timing.quarantine_window_s
         )

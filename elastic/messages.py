@@ -38,12 +38,15 @@ class Hello(_Message, frozen=True):
 
 
 class Welcome(_Message, frozen=True):
-    """`leads`: of `generation`, the newest this node knows. `follows`: whom to ask instead. `finished`: cannot lead."""
+    """`leads`: of `generation`, the newest this node knows. `follows`: whom to ask instead.
+
+    `yields`: leads only if nobody else does.
+    """
 
     leads: bool
     generation: int
     follows: Member | None
-    finished: bool
+    yields: bool
 
 
 class Refused(_Message, frozen=True):

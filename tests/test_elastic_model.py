@@ -143,11 +143,59 @@ def test_the_next_leader_knows_which_node_failed() -> None:
     fail_and_restart(world, bad)
     world.kill(leader_of(world))
     world.run(15)
-    assert leader_of(world) != bad, "who leads cannot be left out"
+    assert leader_of(world) != bad
     fail_and_restart(world, bad)
     membership = of_start(world.view.holder)
     assert membership is not None
     assert bad not in membership.nodes
+
+
+def test_a_leader_that_fails_again_and_again_hands_over_and_is_left_out() -> None:
+    world = counting(3)
+    bad = leader_of(world)
+    fail_and_restart(world, bad)
+    assert leader_of(world) == bad, "once is no pattern"
+    fail_and_restart(world, bad)
+    membership = of_start(world.view.holder)
+    assert membership is not None
+    assert (len(membership.nodes), membership.leader == bad, bad in membership.nodes) == (2, False, False)
+    for name in membership.nodes:
+        world.kill(name)
+    world.run(40)
+    assert leader_of(world) == bad, "better than nobody"
+
+
+def test_a_leader_that_fails_again_and_again_stays_if_there_are_too_few_without_it() -> None:
+    world = counting(2, fruitless_limit=0)
+    world.limits = Limits(2, 2)
+    for node in world.nodes.values():
+        node.agent.limits = Limits(2, 2)
+    bad = leader_of(world)
+    for _ in range(3):
+        fail_and_restart(world, bad)
+    assert leader_of(world) == bad
+
+
+def test_nodes_that_die_one_after_the_other_without_a_new_step_end_the_job() -> None:
+    world = counting(3, fruitless_limit=4)
+    for lost in range(4):
+        membership = of_start(world.view.holder)
+        assert membership is not None
+        world.kill(membership.nodes[-1] if lost % 2 else membership.leader)
+        if lost < 3:
+            world.add()
+        world.run(20)
+    assert [node.done for node in world.nodes.values() if node.alive] == [EXIT_FRUITLESS] * 2
+
+
+def test_nodes_that_die_with_steps_in_between_do_not() -> None:
+    world = counting(3, fruitless_limit=4)
+    for _ in range(6):
+        world.commit()
+        world.kill(leader_of(world))
+        world.add()
+        world.run(20)
+    assert world.settled()
 
 
 def test_a_job_that_is_started_again_counts_anew() -> None:

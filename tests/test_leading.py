@@ -7,15 +7,15 @@ import pytest
 from elastic.actions import Exit, Note, Propose, Seen
 from elastic.agent import Agent
 from elastic.decide import Limits, Timing
-from elastic.failures import backoff_s
+from elastic.failures import NO_FAILURES, Failures, backoff_s
 from elastic.membership import Member, Membership
 from elastic.messages import Hello, Job, Refused
 
 ME = Member("a", "host-a", ("10.0.0.1",), 7)
 
 
-def membership(generation: int) -> Membership:
-    return Membership(generation, f"n{generation}", (ME,), "a", 9, f"n{generation}")
+def membership(generation: int, failures: Failures = NO_FAILURES) -> Membership:
+    return Membership(generation, f"n{generation}", (ME,), "a", 9, f"n{generation}", failures=failures)
 
 
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 0), (2, 0), (3, 1), (4, 2), (7, 16), (8, 30), (99, 30)])
@@ -39,11 +39,11 @@ def test_a_restart_waits_after_failures_without_a_step_and_not_after_one_with() 
             agent.looked(Seen(generation, membership(generation), head=head), now)
             done = agent.actions()
             notes += [action.text for action in done if isinstance(action, Note) and "waiting for" in action.text]
-            if any(isinstance(action, Propose) for action in done):
+            if proposals := [action for action in done if isinstance(action, Propose)]:
                 break
             now += 0.5
         waited.append(now - began)
-        agent.proposed(membership(generation + 1), now)
+        agent.proposed(membership(generation + 1, proposals[0].failures), now)
     assert waited == [0.0, 0.0, 1.0, 2.0, 0.0]
     assert notes == ["3 failures without a new step: waiting for 1 s"], "said once"
 

@@ -34,7 +34,7 @@ WORDS = PLACE_BYTES // 8
 MAGIC = 0x31445241_4F425F48
 ASKED = 1  # word of the head
 PID, STATE, STEP, MOVED_NS, LIMIT_MS, LEAVE_BYTES, LEAVE_MS, RANK, WATCHED, MOVES, LONGEST_NS, STACKS = range(12)
-OWN_NS, SEEN_NS, BLOCKED_NS = 12, 13, 14
+OWN_NS, SEEN_NS, BLOCKED_NS, SAVED = 12, 13, 14, 15
 HEEDS, PAUSED = 1, 2
 STACKS_SIGNAL = signal.SIGRTMIN + 7
 
@@ -46,8 +46,9 @@ class Worker:
     `heeds`: it stops where it is asked to. `paused`: it has, and everything is durable. `watched`: it is in a loop of
     steps, of which it has made `moves`, the longest in `longest_s`; `moved_s`: seconds since the last. `limit_s`: how
     long what it does now may take, where it said so, else 0. `own_s`: how long of `seen_s`, in its loop
-    and outside of phases, it did not wait for other ranks; `blocked_s`: how long `save` has held it up. `leaves`: why
-    its node shall leave, and within how many seconds. `stacks`: where they are written on STACKS_SIGNAL.
+    and outside of phases, it did not wait for other ranks; `saved`: the newest step that it had saved, durable or not;
+    `blocked_s`: how long `save` has held it up. `leaves`: why its node shall leave, and within how many seconds.
+    `stacks`: where they are written on STACKS_SIGNAL.
     """
 
     local_rank: int
@@ -63,6 +64,7 @@ class Worker:
     limit_s: float
     own_s: float
     seen_s: float
+    saved: int
     blocked_s: float
     stacks: str
     leaves: tuple[str, float] | None
@@ -110,6 +112,7 @@ class Board:
             limit_s=words[LIMIT_MS] / 1000,
             own_s=words[OWN_NS] / 1e9,
             seen_s=words[SEEN_NS] / 1e9,
+            saved=words[SAVED],
             blocked_s=words[BLOCKED_NS] / 1e9,
             stacks=f"/proc/{words[PID]}/fd/{words[STACKS] - 1}" if words[STACKS] else "",
             leaves=leaves,
@@ -176,6 +179,7 @@ class Place:
     def saved(self, step: int, seconds: float) -> None:
         """A save of `step` has held this worker up for so long."""
         self._mine[STEP] = max(self._mine[STEP], step)
+        self._mine[SAVED] = step
         self._mine[BLOCKED_NS] += int(seconds * 1e9)
 
     @contextlib.contextmanager

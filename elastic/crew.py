@@ -67,6 +67,10 @@ class Crew:
         """How far they are, or were."""
         return max((worker.step for worker in self.workers()), default=0)
 
+    def saved(self) -> int:
+        """The newest step that they had saved since they started; 0: none."""
+        return max((worker.saved for worker in self.workers()), default=0)
+
     def look(self, running: int) -> Look:
         """What they say, of whom `running` run."""
         seen = self.workers()

@@ -276,7 +276,7 @@ class RegistryStore:
             self._drop()
             unknown = asked and ask.operation == "create"
             raise (OutcomeUnknown if unknown else StorageError)(
-                f"{ask.operation} {ask.path} at {self.url}: {error or f'no answer within {CALL_LIMIT_S:g} s'}"
+                f"{ask.operation} {ask.path} at {self.url}: {str(error) or f'no answer within {CALL_LIMIT_S:g} s'}"
             ) from error
 
     def _drop(self) -> None:

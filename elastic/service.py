@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -97,6 +98,7 @@ class Service:
         self._settles = False  # the keeper is asked to come to an end with what the workers left
         self._forsaken = False  # a node of this generation is lost
         self._away = False  # storage does not answer, which was said
+        self._saved = 0  # the newest step that workers here had saved
         self._refused_since: float | None = None  # the port for the workers' store cannot be had
         self._token = roster.token()
         self._loop = asyncio.new_event_loop()
@@ -446,6 +448,9 @@ class Service:
             if self._away:
                 log.warning("%s can be read again", self._roster.run.url)
             self._away = False
+            if serves(self._roster.run.url):  # its log knows of no commits
+                self._saved = max(self._saved, self.crew.saved())
+                seen = replace(seen, head=f"step {self._saved}" if self._saved else None)
             self._agent.looked(seen, time.monotonic())
         self._carry_out()
 

@@ -119,3 +119,14 @@ Thread 0x00007f01 (most recent call first):
 def test_a_rank_that_waits_for_others_is_told_from_one_that_does_not(text: str, where: str, waits: bool) -> None:
     found = locate(1, text)
     assert (found.where, found.waits) == (where, waits)
+
+
+def test_what_was_saved_last_is_known() -> None:
+    crew = Crew(stated_hang_limit_s=0)
+    assert crew.saved() == 0
+    place = Place.of({"CKPT_BOARD": crew.begin(), "LOCAL_RANK": "1"})
+    assert place is not None
+    place.saved(40, 0.1)
+    place.moved(45)
+    place.saved(30, 0.1)  # after going back
+    assert (crew.saved(), crew.step()) == (30, 45)

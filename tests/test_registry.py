@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 from agents import Cluster
 from conformance import RecordConformance
+from netns import network
 from test_elastic_cli import elastic, end_of
+from test_rendezvous import check_end
 
 from ckpt.errors import Fenced, Incompatible, NotFound, StorageError
 from ckpt.run import RunDirectory
@@ -126,6 +130,31 @@ def test_nodes_without_shared_storage_lose_one_and_go_on(tmp_path: Path) -> None
         open_run(url, "job")
     with pytest.raises(NotFound):
         open_run(str(tmp_path / "none"), None)
+
+
+@pytest.mark.prove
+def test_nodes_with_networks_of_their_own_lose_a_worker_a_link_and_the_leader(tmp_path: Path) -> None:
+    """Only the node whose address is named must stay; a link that is cut ends no job, and the node comes back.
+
+    That steps were saved between two failures is known though the records are not where the checkpoints are.
+    """
+    with network() as net, Cluster(tmp_path, endpoint=f"tcp://10.231.77.1:{free_port()}") as cluster:
+        for name in "abc":
+            before = net.add(name)
+            cluster.add(name, "1:3", before=before, GLOO_SOCKET_IFNAME="", ELASTIC_FRUITLESS_LIMIT="2")
+        first = cluster.trains({"a", "b", "c"})
+        assert cluster.log_has("a", "this agent keeps the job's records")
+        os.kill(cluster.pid_of_worker("b", first), signal.SIGKILL)
+        second = cluster.trains({"a", "b", "c"}, after=first)
+        net.cut("c")
+        third = cluster.trains({"a", "b"}, after=second)
+        net.heal("c")
+        fourth = cluster.trains({"a", "b", "c"}, after=third)
+        lost = leader if (leader := cluster.leader()) != "a" else "b"
+        cluster.agents[lost].lose_node(cluster.pid_of_worker(lost, fourth))
+        left = {"a", "b", "c"} - {lost}
+        cluster.trains(left, after=fourth)
+        check_end(cluster, *left)
 
 
 @pytest.mark.prove

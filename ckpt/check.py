@@ -42,6 +42,7 @@ from ckpt.store import Store
 log = logging.getLogger("ckpt")
 
 FINDINGS_LIMIT = 100
+PAGE_BYTES, ENTRY_ROOM_BYTES = 4096, 512  # to fill up a header; for what is not counted in an entry, and its padding
 HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself reads at most
 
 _DAMAGE = frozenset({errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO})
@@ -281,7 +282,7 @@ class _Check:
             yield None, f"{problem}; this step needs {_names({c.key for c in chunks})} from it"
         if size is not None:
             with closing(open_data(store, path)) as file:
-                yield from self._chunk_faults(file, _in_order(chunks), size)
+                yield from self._chunk_faults(file, in_order(chunks), size)
 
     def _chunk_faults(self, file: DataFile, segments: Iterable[Segment], size: int) -> Iterator[tuple[str | None, str]]:
         damaged = verify_chunks(file, segments)
@@ -303,7 +304,7 @@ class _Check:
             )
 
     def _counted(self, chunks: list[Chunk]) -> Iterator[Segment]:
-        for segment in _in_order(chunks):
+        for segment in in_order(chunks):
             yield segment
             self._advance(segment.stop - segment.start)
 
@@ -331,7 +332,7 @@ def _undecodable(name: str, decode: Callable[[], object]) -> Iterator[tuple[str 
             yield None, f"value {name} cannot be decoded: {error}"
 
 
-def _in_order(chunks: list[Chunk]) -> Iterator[Segment]:
+def in_order(chunks: Iterable[Chunk]) -> Iterator[Segment]:
     for chunk in sorted(chunks, key=lambda chunk: chunk.at):
         yield from _segments(chunk, RUN_BYTES)
 
@@ -386,7 +387,7 @@ class _Entry:
 def header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
     """How the header differs from the part, and padding that is not zero."""
     try:
-        table, base = _read_header(file, part.data_bytes)
+        table, base = _read_header(file, part)
         yield from _table_faults(table, base, part)
         pads = [entry for name, entry in table.items() if _is_pad(name)]
         bad = [base + e.start for e in pads if any(_read_some(file, base + e.start, min(e.stop - e.start, RUN_BYTES)))]
@@ -399,10 +400,10 @@ def header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]
         yield None, f"padding is not zero in {len(bad)} places, the first at file byte {bad[0]}; no tensor lies there"
 
 
-def _read_header(file: DataFile, data_bytes: int) -> tuple[dict[str, _Entry], int]:
+def _read_header(file: DataFile, part: Part) -> tuple[dict[str, _Entry], int]:
     """The header's entries, and the file byte where the data section starts. Raises Corrupt."""
     length = int.from_bytes(_read_some(file, 0, 8), "little")
-    if not 2 <= length <= min(HEADER_LIMIT_BYTES, data_bytes - 8):
+    if not 2 <= length <= min(HEADER_LIMIT_BYTES, part.data_bytes - 8, _header_limit(part)):
         raise Corrupt(f"its safetensors header claims {length} bytes")
     try:
         fields = json.loads(_read_some(file, 8, length), object_pairs_hook=_distinct)
@@ -411,6 +412,12 @@ def _read_header(file: DataFile, data_bytes: int) -> tuple[dict[str, _Entry], in
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Corrupt(f"its safetensors header cannot be read: {error}") from error
     return table, 8 + length
+
+
+def _header_limit(part: Part) -> int:
+    """More than a header that names the chunks of `part`, each with padding behind it, can need."""
+    named = ((entry_name(c.key, c.offset), len(c.shape)) for c in part.chunks if not c.file)
+    return 2 * PAGE_BYTES + sum(12 * len(name) + 24 * dims + ENTRY_ROOM_BYTES for name, dims in named)
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -127,6 +127,9 @@ def ranges(ranks: Iterable[int]) -> str:
     return ",".join(f"{g[0][1]}-{g[-1][1]}" if len(g) > 1 else str(g[0][1]) for g in groups)
 
 
+INT_BITS_LIMIT = 1024  # Python refuses to write very long ones
+
+
 class _Shortened(reprlib.Repr):
     """Values as Python writes them, cut to a line; tensors and arrays as dtype and shape."""
 
@@ -138,6 +141,8 @@ class _Shortened(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         if type(x).__name__ in ("Tensor", "ndarray"):
             return f"{type(x).__name__.lower()}({str(x.dtype).removeprefix('torch.')}, {list(x.shape)})"
+        if isinstance(x, int) and x.bit_length() > INT_BITS_LIMIT:
+            return f"int of {x.bit_length()} bits"
         return super().repr1(x, level)
 
 

@@ -1,8 +1,8 @@
 """`ckpt cp`: committed steps of one run into another, in any store. Every byte is verified on the way.
 
 A step keeps the name of its attempt, its parts and its data files; it gets a MANIFEST and a commit record of its new
-run, so that the log over there orders it. What was copied before an interruption is not copied again: a part is
-written after its data file, so a part that stands there says that both are whole.
+run, so that the log over there orders it. What was copied before an interruption is not copied again where it is read
+back as what it was; in a run that is signed it is, since nobody vouches for what stands there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 from ckpt.adapt.tensors import bytes_view
 from ckpt.buffers import each
-from ckpt.check import header_faults
-from ckpt.datafile import DataFile
-from ckpt.errors import CkptError, Corrupt
+from ckpt.check import header_faults, in_order
+from ckpt.datafile import DataFile, open_data
+from ckpt.errors import CkptError, Corrupt, Incompatible
 from ckpt.holder import Holder, commit_parts
 from ckpt.manifest import (
     BLOCK_BYTES,
@@ -35,7 +35,7 @@ from ckpt.manifest import (
     part_name,
 )
 from ckpt.plan import ALIGN_BYTES, RUN_BYTES, Extent, Run, Segment, lay_out
-from ckpt.reading import read_segment, verify
+from ckpt.reading import read_segment, verify, verify_chunks
 from ckpt.records import Commit
 from ckpt.restorer import StepReader
 from ckpt.run import RunDirectory
@@ -52,13 +52,19 @@ def copy_steps(
     """Copy `commits` of `source`, oldest first, into the run of `holder`; the commits that they became.
 
     Those that are there already are left alone. Raises Corrupt, before its commit, for a step that is damaged;
-    Incompatible where the run has passed a step that it lacks. What was committed before stays.
+    Incompatible where the run has passed a step that it lacks, or had it. What was committed before stays.
     `on_bytes` hears of the progress, in bytes as the source stores them.
     """
     made = []
     for commit in commits:
-        if commit.attempt not in holder.run.log.read().commits:
+        view = holder.run.log.read()
+        if commit.attempt not in view.commits:
             made.append(_copy_step(source, commit, holder, on_bytes))
+        elif commit.attempt not in {each.attempt for each in view.standing()}:
+            raise Incompatible(
+                f"step {commit.step} was in {holder.run.url} once: it was deleted there, or left behind by going back. "
+                "Nothing was copied of it; copy it into another run"
+            )
     return made
 
 
@@ -105,14 +111,19 @@ def _files(part: Part) -> set[str]:
 
 
 def _standing(target: RunDirectory, path: str, part: Part) -> Part | None:
-    """The part at `path`, if it is whole and holds the same under digests of the same kind."""
+    """The part at `path`, if it holds the same, and its data file reads as it says."""
+    if target.log.signs:
+        return None
     try:
         found = decode_part(target.store.read(path, limit_bytes=PART_LIMIT_BYTES), path)
+        alike = found.content_digest() == part.content_digest() and found.attempt == part.attempt
+        if not alike or any(chunk.packed or chunk.file for chunk in found.chunks):
+            return None
+        with closing(open_data(target.store, target.attempt_path(part.attempt, data_name(part.rank)))) as file:
+            whole = file.size() == found.data_bytes and not any(header_faults(file, found))
+            return found if whole and not any(verify_chunks(file, in_order(found.chunks))) else None
     except CkptError:
         return None
-    alike = found.content_digest() == part.content_digest() and found.attempt == part.attempt
-    plain = all(not chunk.packed and not chunk.file for chunk in found.chunks)
-    return found if alike and plain else None
 
 
 def _copy_data(

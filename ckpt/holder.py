@@ -350,6 +350,11 @@ def find_commit(view: View, step: int | None) -> Commit:
     for commit in lineage:
         if commit.step == step:
             return commit
+    if any(commit.step == step for commit in view.standing_outside()):
+        raise NotFound(
+            f"step {step} of this run was left behind when it went back to an older one. `ckpt resume "
+            f"--step {step} URL -- COMMAND` goes on from it all the same"
+        )
     known = ", ".join(str(commit.step) for commit in lineage[-8:]) or "none"
     what = "checkpoint" if step is None else f"step {step}"
     raise NotFound(f"there is no {what} in this run; newest steps: {known}. `ckpt ls` lists all.")
@@ -373,15 +378,15 @@ def instead_of(run: RunDirectory, commit: Commit, *, chosen: bool) -> Commit | N
 
 
 def boot_id() -> str:
-    """What tells this boot of this machine from every other; empty if it cannot be known."""
+    """What tells the process ids seen here from all others: this boot, this namespace. Empty if it cannot be known."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
 
 def is_gone(holder: Start | None) -> bool:
-    """Whether the holder's process certainly no longer runs: same boot of this machine, and no such process."""
+    """Whether the holder's process certainly no longer runs: its id is one that is seen here, and nobody has it."""
     if holder is None or not holder.boot_id or holder.boot_id != boot_id() or holder.host != socket.gethostname():
         return False
     try:

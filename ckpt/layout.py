@@ -35,6 +35,7 @@ Role = Literal["parameter", "buffer", "tensor"]
 """Parameter (also its optimizer state): replicas stay equal, so several ranks may each write a part of it.
 Buffer: replicas may differ, the lowest rank's counts. Tensor: replicas are equal, the lowest rank writes it."""
 
+FAULTS_LIMIT, COMPARED_LIMIT = 100, 500_000
 _ATOM_BYTES = 256 * 1024  # a held piece up to this size has one writer: cutting it would only add chunks
 
 
@@ -176,15 +177,19 @@ def _instance_groups(
 
 
 def cover_faults(world: World) -> list[str]:
-    """Every way in which the ranks together do not hold each tensor exactly once; empty when they do.
+    """Ways in which the ranks together do not hold each tensor exactly once, `FAULTS_LIMIT` at most; empty if they do.
 
     The proof is symbolic: each distinct combination of shardings and shape is checked once, whatever the
-    number of tensors or of saves, and pieces are compared only where ranks declared them or grids differ.
+    number of tensors or of saves, and pieces are compared only where ranks declared them or grids differ: of meshes
+    `COMPARED_LIMIT` in all, since a few bytes of a hostile world would name very many.
     """
     faults = _tie_faults(world)
     misfits: dict[tuple[Mesh, tuple[int, ...]], str | None] = {}
     proved: dict[object, str | None] = {}
+    compared = 0
     for key, instances in world.instances.items():
+        if len(faults) >= FAULTS_LIMIT:
+            break
         specs = {layout.by_key[key].spec for by in instances.values() for layout in (world.layouts[i] for i in by)}
         if misfit := _mesh_misfit(world, instances, misfits):
             faults.append(f"{key}: {misfit}")
@@ -193,8 +198,14 @@ def cover_faults(world: World) -> list[str]:
             faults.append(f"{key}: ranks hold it as {sorted(map(str, specs))}")
             continue
         question = (world.specs[key].shape, tuple(instances.items()))
+        if question not in proved and _is_one_grid(world, key):
+            proved[question] = None
         if question not in proved:
-            proved[question] = _key_fault(world, key)
+            compared += sum(len(sharding.mesh.ranks) for sharding in instances if isinstance(sharding, OnMesh))
+            if compared > COMPARED_LIMIT:
+                faults.append(f"{key}: too many pieces of meshes that are cut differently to be compared")
+                break
+            proved[question] = _cover_fault(world, key)
         if fault := proved[question]:
             faults.append(f"{key}: {fault}")
     return faults
@@ -232,13 +243,15 @@ def _mesh_misfit(
     return None
 
 
-def _key_fault(world: World, key: str) -> str | None:
-    shape = world.specs[key].shape
-    shardings = world.instances[key]
-    grids = {None if isinstance(s, Declared) else grid_of(s, len(shape)) for s in shardings}
-    if len(grids) == 1 and None not in grids:
-        return None
-    box = whole(shape)
+def _is_one_grid(world: World, key: str) -> bool:
+    """Whether all ranks that hold the tensor cut it alike, on meshes: then nothing is to be compared."""
+    dims = len(world.specs[key].shape)
+    grids = {None if isinstance(s, Declared) else grid_of(s, dims) for s in world.instances[key]}
+    return len(grids) == 1 and None not in grids
+
+
+def _cover_fault(world: World, key: str) -> str | None:
+    box = whole(world.specs[key].shape)
     return cover_fault(box, (piece.box for group in held(world, key, box) for piece in group.pieces))
 
 

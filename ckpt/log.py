@@ -304,7 +304,8 @@ def decide_retire(view: View, *, generation: int, holder_nonce: str, nonce: str,
     """
     check_fence(view, generation, holder_nonce)
     leaving = tuple(sorted(set(attempts)))
-    stay = [commit for commit in view.commits.values() if commit.attempt not in view.retired.union(leaving)]
+    gone = view.retired.union(leaving)
+    stay = [commit for commit in view.commits.values() if commit.attempt not in gone]
     kept = {source: f"where tensors of step {commit.step} lie" for commit in stay for source in commit.sources}
     kept |= {pin.attempt: f"pinned as {pin.name!r}" for pin in view.pins.values()}
     if view.head is not None:

@@ -5,6 +5,7 @@ Owns what `Checkpointer.restore` and a reader have in common.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -21,7 +22,6 @@ from ckpt.ranks import Ranks, connect
 from ckpt.records import Commit
 from ckpt.restorer import Relaxed, StepReader, restore_step
 from ckpt.run import RunDirectory
-from ckpt.store import Store
 from ckpt.stores import open_store
 
 log = logging.getLogger("ckpt")
@@ -69,9 +69,12 @@ def follow(
     """
     seen: str | None = None
     deadline = time.monotonic() + timeout_s
-    store = open_store(url)
+    store, run = open_store(url), None
     while True:
-        head = _head(store)
+        with contextlib.suppress(NotFound):
+            run = run or RunDirectory.at(store)
+        standing = run.log.read().standing() if run is not None else []
+        head = standing[-1] if standing else None
         if head is not None and head.attempt != seen and (after is None or head.step > after):
             seen = head.attempt
             yield head
@@ -80,14 +83,6 @@ def follow(
             raise DeadlineExceeded(f"no new step in {os.fspath(url)} for {timeout_s:g} s")
         else:
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.0)))
-
-
-def _head(store: Store) -> Commit | None:
-    try:
-        found = RunDirectory.at(store).log.read().standing()
-    except NotFound:
-        return None
-    return found[-1] if found else None
 
 
 def choose_together(

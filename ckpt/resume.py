@@ -64,9 +64,13 @@ def choose(
     """The step to go on from: the newest, or `step`, or the newest below `before`.
 
     `attempts` are all that have a directory. Where the step is not `is_whole`, the newest older one that is, if
-    `allow_older`; else Corrupt. NotFound where a step is asked for that is not there.
+    `allow_older`; else Corrupt. NotFound where a step is asked for that is not there. A `step` that was left behind by
+    going back, and not passed again, may be asked for, too: that is how one undoes it.
     """
     lineage = view.standing()
+    left = [commit for commit in view.standing_outside() if commit.step == step]
+    if left and not any(commit.step == step for commit in lineage):
+        lineage = [commit for commit in view.lineage_of(left[-1].attempt) if commit.attempt not in view.retired]
     newest = max((key[0] for key in map(parse_attempt, attempts) if key is not None), default=None)
     wanted = [c for c in lineage if (step is None or c.step == step) and (before is None or c.step < before)]
     if not wanted:
@@ -77,7 +81,7 @@ def choose(
         raise NotFound(f"there is {what} in this run; newest steps: {known}. `ckpt ls` lists all")
     for commit in reversed(lineage[: lineage.index(wanted[-1]) + 1]):
         if is_whole(commit):
-            return Choice(commit, commit is not lineage[-1], _why(commit, wanted[-1], lineage[-1]), newest)
+            return Choice(commit, commit is not view.head, _why(commit, wanted[-1], view.head), newest)
         if not allow_older:
             raise Corrupt(
                 f"step {commit.step} is damaged (`ckpt check --step {commit.step}` says where). Nothing was started. "
@@ -86,7 +90,7 @@ def choose(
     raise Corrupt(f"step {wanted[-1].step} and all older ones are damaged; `ckpt check --all` says where")
 
 
-def _why(commit: Commit, wanted: Commit, head: Commit) -> str:
+def _why(commit: Commit, wanted: Commit, head: Commit | None) -> str:
     if commit is not wanted:
         return f"the newest that is whole: step {wanted.step} is damaged"
     return "the newest that was committed" if commit is head else "as asked; newer steps are left behind"

@@ -17,6 +17,8 @@ from ckpt.errors import Incompatible, NotFound
 from ckpt.log import DELETE, View
 from ckpt.records import MAINTENANCE, Commit, Request, parse_attempt
 
+NUMBERS_END = 1 << 63  # of the steps of a run, and so of what counts them
+
 
 class Best(msgspec.Struct, frozen=True):
     """The `keep` steps with the lowest ("min") or highest ("max") value of a metric; of equal ones the newest."""
@@ -51,8 +53,8 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _positive(what: str, number: object) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{what} is a whole number of at least 1, not {number!r:.100}")
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < NUMBERS_END:
+        raise ValueError(f"{what} is a whole number of at least 1 and below 2**63, not {number!r:.100}")
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,11 @@ class RunDirectory:
     @classmethod
     def at(cls, store: Store, create: bool = False) -> RunDirectory:
         """`open` for a store that is already there."""
+        found = _read_format(store)  # before anything is made in a directory that is not ours
         if create:
             store.make_directory(LOG)
             store.make_directory(STEPS)
-        found = _read_format(store) or _missing_format(store, create)
+        found = found or _missing_format(store, create)
         return cls(store, found, RunLog(store, chain=Chain(signing_key(), found.nonce)))
 
     @property
@@ -225,6 +226,8 @@ class RunLog:
 
     def _read_new(self) -> list[Entry]:
         slots = range(self._view.next_slot, self._end())
+        if not slots.stop:
+            self._check_empty()
         entries, chain = list[Entry](), self._chain
         with ExitStack() as stack:
             read: Callable[..., Iterable[bytes | None]] = map
@@ -249,6 +252,19 @@ class RunLog:
         if end < known and not self._store.exists(_slot_path(known - 1)):
             raise Corrupt(f"the log of {self._store.url} had {known} records and now has {end}: was the run deleted?")
         return end
+
+    def _check_empty(self) -> None:
+        """Raise Corrupt if there are steps though there is no record: nobody stores any before the first one stands."""
+        try:
+            names = self._store.list(STEPS)
+        except NotFound:
+            return
+        attempts = sum(parse_attempt(name) is not None for name in names)
+        if attempts and not self._end():
+            raise Corrupt(
+                f"{self._store.url}: all records of its log are missing, although there are {attempts} attempts in "
+                f"{STEPS}/. Copy the whole directory again, or move {STEPS}/ away to begin anew"
+            )
 
     def _slot(self, slot: int) -> bytes | None:
         path = _slot_path(slot)

@@ -42,7 +42,6 @@ from ckpt.keeper.ram import (
     RamTier,
     free_bytes,
     node_name,
-    ram_root,
     snapshots_that_fit,
 )
 from ckpt.layout import OWNERSHIP, World
@@ -128,7 +127,7 @@ class Saver:
 
     def __init__(self, ranks: Ranks, run: RunDirectory, holder: Holder | None, options: Options) -> None:
         self._ranks, self._run, self._holder, self._options = ranks, run, holder, options
-        ram = RamTier(ram_root(), run.nonce)
+        ram = RamTier.of(run)
         self.ram = ram
         self._courier = Courier(ram, run.url, ranks.rank, self._on_change)
         self._stage = Stage(ram, ranks.rank)

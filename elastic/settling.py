@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 from ckpt.errors import CkptError
-from ckpt.keeper.courier import Courier
-from ckpt.keeper.ram import RamTier, ram_root
+from ckpt.keeper.courier import settle_what_was_left
 from ckpt.run import RunDirectory
 
 log = logging.getLogger("elastic")
@@ -18,13 +17,7 @@ def settle(run: RunDirectory, limit_s: float, *, lost: bool) -> None:
     `lost`: a node of the generation is, with its keeper: nobody waits for what only that had. May be asked again while
     it is under way, to say so.
     """
-    ram = RamTier(ram_root(), run.nonce)
-    if not ram.exists():
-        return
-    courier = Courier(ram, run.url, -1, lambda pending: None)
     try:
-        courier.settle(limit_s, lost=lost)
+        settle_what_was_left(run, limit_s, lost=lost)
     except (CkptError, OSError) as error:
         log.warning("what the workers left in memory may be lost: %s", error)
-    finally:
-        courier.close(goodbye=False)

@@ -364,12 +364,12 @@ def test_a_look_at_its_lock_turns_no_starting_keeper_away(tmp_path: Path) -> Non
     forget()
     root, run = os.environ["CKPT_RAM_DIR"], RunDirectory.open(str(tmp_path))
     assert run is not None
-    tier = RamTier(root, run.nonce)
+    tier = RamTier.of(run)
     tier.make()
     tier.write(tier.file("run"), run.url.encode())
     look = Claim.take(tier.file("lock"))
     assert look is not None
-    subprocess.run([sys.executable, "-m", "ckpt.keeper", root, run.nonce], cwd=ROOT, check=True, timeout=30)
+    subprocess.run([sys.executable, "-m", "ckpt.keeper", root, tier.name], cwd=ROOT, check=True, timeout=30)
     (pid,) = keepers(root)
     until("it waits, or has gone", lambda: not keepers(root) or "nanosleep" in Path(f"/proc/{pid}/wchan").read_text())
     assert keepers(root) == [pid]

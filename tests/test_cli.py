@@ -423,9 +423,24 @@ def test_a_lost_or_foreign_format_file_is_no_missing_checkpoint(
 
 
 def test_no_such_step_exits_10_and_says_which_there_are(saved: Path) -> None:
-    done = _ckpt("show", "--step", "30", CKPT_URL=str(saved))
+    done = _ckpt("show", "--step", "31", CKPT_URL=str(saved))
     assert (done.returncode, done.stdout) == (10, "")
-    assert done.stderr.startswith(f"NotFound: {saved}: there is no step 30 in this run; newest steps: 10, 20, 25, 40.")
+    assert done.stderr.startswith(f"NotFound: {saved}: there is no step 31 in this run; newest steps: 10, 20, 25, 40.")
+
+
+def test_a_step_left_behind_is_named_with_the_way_back_to_it(saved: Path) -> None:
+    left = [str(commit.step) for commit in RunDirectory.open(saved).log.read().standing_outside()]
+    assert left
+    done = _ckpt("show", "--step", left[0], CKPT_URL=str(saved))
+    assert done.returncode == 10
+    assert f"`ckpt resume --step {left[0]} URL -- COMMAND` goes on from it" in done.stderr
+
+
+def test_a_number_that_python_does_not_write(main: Main, tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"n": 10**6000}, blocking=True)
+    code, said, _ = main("show", tmp_path)
+    assert (code, "int of 19932 bits" in said) == (0, True), said
 
 
 def test_no_checkpoint_exits_10(main: Main, tmp_path: Path) -> None:

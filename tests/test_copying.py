@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from jobs import Pool
 from keepers import forget
 from layouts import assert_same_state, build, full_state
@@ -19,6 +21,7 @@ from states import bits
 import ckpt
 from ckpt import copying
 from ckpt.check import check_step
+from ckpt.cli import cli
 from ckpt.copying import copy_steps
 from ckpt.errors import Corrupt, Incompatible
 from ckpt.holder import Holder
@@ -158,3 +161,55 @@ def test_the_command(source: RunDirectory, tmp_path: Path) -> None:
     assert "step 3 was there already" in done.stdout
     assert cp(source.url, tmp_path / "to", "--all").returncode == 13
     assert whole(tmp_path / "to") == [2, 3]
+
+
+@pytest.mark.parametrize("harm", ["a flipped bit", "a lost file", "a shorter file", "nothing"])
+def test_what_was_copied_is_trusted_only_where_it_reads_as_what_it_was(
+    source: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    commits, copied, put = source.log.read().standing()[:1], list[int](), copying._copy_data
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(copying, "commit_parts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        copy_steps(source, commits, target(tmp_path))
+    monkeypatch.undo()
+    (path,) = (tmp_path / "to").rglob("r00000.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= harm == "a flipped bit"
+    path.write_bytes(content[: -4096 if harm == "a shorter file" else None])
+    if harm == "a lost file":
+        path.unlink()
+    monkeypatch.setattr(copying, "_copy_data", lambda *args: (copied.append(1), put(*args))[1])
+    copy_steps(source, commits, target(tmp_path))
+    assert whole(tmp_path / "to") == [1]
+    assert copied == ([] if harm == "nothing" else [1])
+
+
+def test_a_step_that_was_deleted_over_there_is_not_said_to_be_there(source: RunDirectory, tmp_path: Path) -> None:
+    into = str(tmp_path / "to")
+    for words in (["cp", source.url, into, "--all"], ["gc", into, "--last", "1", "--takeover"]):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
+    refused = CliRunner().invoke(cli, ["cp", f"{source.url}@2", into, "--takeover"]).exception
+    assert isinstance(refused, Incompatible)
+    assert "step 2 was in" in str(refused)
+    again = CliRunner().invoke(cli, ["cp", f"{source.url}@3", into, "--json", "--takeover"], catch_exceptions=False)
+    assert json.loads(again.stdout)["there_already"] == [3]
+
+
+def test_a_copy_of_a_directory_is_another_run_beside_the_first(source: RunDirectory, tmp_path: Path) -> None:
+    """As people do it, to try something else from there: both go on at once, on one node."""
+    shutil.copytree(source.url, tmp_path / "copy")
+    places = (Path(source.url), tmp_path / "copy")
+    jobs = [ckpt.Checkpointer(place) for place in places]
+    for job in jobs:
+        assert job.restore(state(0)) == 3
+    for step in (4, 5):
+        handles = [job.save(step, state(step)) for job in jobs]
+        assert [handle.wait(60).step for handle in handles] == [step, step]
+    for job, place in zip(jobs, places, strict=True):
+        job.close()
+        assert whole(place) == [1, 2, 3, 4, 5]
+        assert sorted(RunDirectory.open(place).attempts()) == sorted(RunDirectory.open(place).log.read().commits)

@@ -23,8 +23,10 @@ from states import bits
 
 import ckpt
 from ckpt import Checkpointer, CkptError, Corrupt, Incompatible
+from ckpt.check import check_step
 from ckpt.manifest import Chunk, Manifest, Part, decode_manifest, decode_part, digest, encode_manifest, encode_part
 from ckpt.records import Commit, Unpin, decode_record, encode_record, seal
+from ckpt.run import RunDirectory
 from ckpt.sharding import TensorSpec
 
 Change = Callable[[Any], Any]
@@ -361,3 +363,29 @@ def test_a_directory_that_is_a_link_is_refused(tmp_path: Path, what: str) -> Non
         ckpt.load(tmp_path / "run")
     with pytest.raises(CkptError, match="symbolic link"), ckpt.Checkpointer(tmp_path / "run") as checkpointer:
         checkpointer.restore(state(-1), required=True)
+
+
+def test_a_log_without_records_is_no_new_run(tmp_path: Path) -> None:
+    forge(tmp_path)
+    for record in (tmp_path / "log").iterdir():
+        record.unlink()
+    kept = sorted((tmp_path / "steps").rglob("*"))
+    with pytest.raises(Corrupt, match="all records of its log are missing, although there are 2 attempts"):
+        Checkpointer(tmp_path, keep=ckpt.Keep(last=1)).restore(state(0))
+    with pytest.raises(Corrupt, match="all records of its log are missing"):
+        ckpt.load(tmp_path)
+    assert sorted((tmp_path / "steps").rglob("*")) == kept
+
+
+def test_a_header_far_longer_than_its_part_can_need_is_not_read(tmp_path: Path) -> None:
+    header = b'{"a":[' + b",".join([b"[]"] * 1_000_000) + b"]}"
+    nbytes = 8 + len(header)
+
+    def longer(manifest: Manifest) -> Manifest:
+        return changed(manifest, parts=(changed(manifest.parts[0], data_bytes=nbytes),))
+
+    attempt = forge(tmp_path, part=lambda part: changed(part, data_bytes=nbytes), manifest=longer)
+    (attempt / "r00000.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    run = RunDirectory.open(tmp_path)
+    found = check_step(run, run.log.read().standing()[-1]).findings
+    assert any(f"its safetensors header claims {len(header)} bytes" in each.problem for each in found), found

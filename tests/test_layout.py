@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_worlds import ddp, fsdp, gpt2_specs, layout_of, specs_drawn, world_of, worlds
 
+from ckpt import layout as layout_module
 from ckpt.layout import Entry, Layout, Owned, World, cover_faults, held, owned_by, replicas, writers
 from ckpt.sharding import (
     ITEMSIZE,
@@ -94,6 +95,19 @@ def test_every_faulty_key_is_named() -> None:
     specs = {key: TensorSpec(F32, (8, 4)) for key in "abcd"}
     world = world_of([layout_of(specs, {"a": rows(0, 1), "b": Whole(), "c": rows(0, 1), "d": rows(0, 8)})])
     assert [fault.split(":")[0] for fault in cover_faults(world)] == ["a", "c"]
+
+
+def test_what_a_world_has_compared_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks that cut a tensor alike nothing is compared, however many there are."""
+    alike = OnMesh(Mesh((2,), (0, 1)), (Split(0),))
+    unlike = [OnMesh(Mesh((2,), (0, 1)), (Split(0),)), None, None]
+    assert cover_faults(one_tensor([alike, alike])) == []
+    usual = cover_faults(one_tensor([unlike[0], unlike[0], rows(0, 8)]))
+    monkeypatch.setattr(layout_module, "COMPARED_LIMIT", 1)
+    assert cover_faults(one_tensor([alike, alike])) == []
+    (found,) = cover_faults(one_tensor([unlike[0], unlike[0], rows(0, 8)]))
+    assert "too many pieces" in found
+    assert "too many pieces" not in str(usual)
 
 
 def all_owned(world: World) -> list[list[Owned]]:

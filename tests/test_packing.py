@@ -22,7 +22,7 @@ from ckpt.check import check_step
 from ckpt.copying import copy_steps
 from ckpt.errors import Corrupt
 from ckpt.holder import Holder
-from ckpt.keeper.ram import RamTier, ram_root
+from ckpt.keeper.ram import RamTier
 from ckpt.manifest import BLOCK_BYTES, most_packed
 from ckpt.packing import pack, pays, unpack
 from ckpt.records import Commit
@@ -202,9 +202,7 @@ def test_the_copy_in_ram_is_as_it_was_copied(tmp_path: Path) -> None:
     """A job that is killed reads its last step from RAM, whatever the store has made of it."""
     with ckpt.Checkpointer(tmp_path, compression="zstd") as checkpointer:
         commit = checkpointer.save(1, state(1), blocking=True).wait()
-        reader = StepReader(
-            RunDirectory.open(tmp_path), commit, ram=RamTier(ram_root(), RunDirectory.open(tmp_path).nonce)
-        )
+        reader = StepReader(RunDirectory.open(tmp_path), commit, ram=RamTier.of(RunDirectory.open(tmp_path)))
         assert reader.part(0).data_name.endswith(".safetensors")
         assert reader.used_ram
 

@@ -217,3 +217,35 @@ def test_verdicts() -> None:
     ]
     assert [verdict.code for verdict in ends] == [0, 143, 1, 1, Corrupt.exit_code]
     assert judge(0, stopped=False, progressed=True, failures=0) == Verdict(0, "it ended well")
+
+
+def test_going_back_can_be_undone(tmp_path: Path) -> None:
+    """A mistyped number costs nothing: what was left behind can be asked for by its step."""
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"n": step}, blocking=True)
+        checkpointer.restore({"n": 0}, step=1)
+    script = tmp_path.with_name("again.py")
+    script.write_text(
+        "import ckpt, sys\n"
+        "with ckpt.Checkpointer() as checkpointer:\n"
+        "    state = {'n': 0}\n"
+        "    assert checkpointer.restore(state) == 3, state\n"
+        "    checkpointer.save(4, {'n': 4}, blocking=True)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "ckpt.cli",
+        "resume",
+        "--step",
+        "3",
+        str(tmp_path),
+        "--",
+        sys.executable,
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.all_steps() == [1, 2, 3, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_a_run_without_a_step_keeps_everything() -> None:
     "make",
     [
         lambda: Keep(last=0),
+        lambda: Keep(last=10**30),
         lambda: Keep(last=True),
         lambda: Keep(every=-1),
         lambda: Keep(best="loss"),  # type: ignore[arg-type]
@@ -253,7 +255,7 @@ def test_a_job_that_starts_while_the_command_decides_is_not_fenced(
     def job_starts(*_: Any) -> None:
         Holder(RunDirectory.open(tmp_path), run_id="another", takeover=True).take("a job")
 
-    monkeypatch.setattr(change, "refuse_live", job_starts)
+    monkeypatch.setattr(change, "require_idle", job_starts)
     for words in (["gc", str(tmp_path), "--last", "1"], ["cp", str(tmp_path.with_name("other")), str(tmp_path)]):
         refused = CliRunner().invoke(cli, words).exception
         assert isinstance(refused, ckpt.Fenced), words
@@ -399,3 +401,70 @@ def test_the_best_step_is_that_of_the_rule_or_of_the_metric_that_is_asked_for(tm
         pytest.raises(ckpt.Incompatible, match=r'Best\("val_loss"\)'),
     ):
         checkpointer.best_step()
+
+
+LEFT = """
+import os, signal, sys
+import torch, ckpt
+
+checkpointer = ckpt.Checkpointer(sys.argv[1])
+for step in (1, 2, 3):
+    checkpointer.save(step, {"w": torch.full((4,), float(step))}).wait()
+print("go", flush=True)
+sys.stdin.readline()
+checkpointer.save(4, {"w": torch.full((4,), 4.0)}).wait_copied()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("words", [("gc", "--last", "1"), ("delete", "1")])
+def test_what_a_dead_job_left_in_memory_is_stored_before_the_command_takes_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(change, "SETTLE_S", 1.0)
+    url = str(tmp_path / "run")
+    command = [words[0], url, *words[1:]]
+    with subprocess.Popen([sys.executable, "-c", LEFT, url], stdin=-1, stdout=-1, text=True) as job:
+        assert job.stdin is not None
+        assert job.stdout is not None
+        assert job.stdout.readline() == "go\n"
+        (keeper,) = keepers(os.environ["CKPT_RAM_DIR"])
+        os.kill(keeper, signal.SIGSTOP)  # a store that takes its time
+        print("", file=job.stdin, flush=True)
+    try:
+        refused = CliRunner().invoke(cli, command).exception
+        assert isinstance(refused, ckpt.Fenced)
+        assert "not stored yet" in str(refused)
+        assert RunDirectory.open(url).log.read().generation == 1
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    until("it can be done", lambda: CliRunner().invoke(cli, command).exit_code == 0)
+    assert ckpt.load(url)["w"].tolist() == [4.0] * 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a namespace of process ids")
+def test_a_job_whose_process_ids_are_not_seen_here_may_live(tmp_path: Path) -> None:
+    """As in another container of the same host: in ours there is no process of its number."""
+    train(tmp_path, range(1, 4), None)
+    forget()
+    command = [sys.executable, "-m", "ckpt.cli", "gc", str(tmp_path), "--last", "1"]
+    done = subprocess.run(["unshare", "-pf", "--mount-proc", *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, "may still run" in done.stderr) == (11, True), done
+    assert on_disk(tmp_path) == [1, 2, 3]
+
+
+def test_the_dry_run_names_what_a_crash_left_of_deleted_steps(tmp_path: Path) -> None:
+    train(tmp_path, range(1, 4), None)
+    run = RunDirectory.open(tmp_path)
+    first = run.log.read().standing()[0].attempt
+    holder = Holder(run, run_id=None, takeover=True)
+    started = holder.take("gc")
+    run.log.append(
+        lambda view: decide_retire(
+            view, generation=started.generation, holder_nonce=started.nonce, nonce="r", attempts=[first]
+        )
+    )
+    found = json.loads(gc(str(tmp_path), "--last", "9", "--dry-run", "--json").stdout)
+    assert (found["deleted"], found["unfinished"]) == ([], [first])
+    assert "its deletion was cut short" in gc(str(tmp_path), "--last", "9", "--takeover").stdout
+    assert on_disk(tmp_path) == [2, 3]

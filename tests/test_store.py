@@ -380,3 +380,14 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_links(*_: object, **__: object) -> None:
     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_nothing_is_made_in_a_directory_of_another_program(tmp_path: Path) -> None:
+    (tmp_path / "FORMAT.json").write_text('{"name": "other"}')
+    with pytest.raises(Incompatible, match="another program"):
+        RunDirectory.open(tmp_path, create=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["FORMAT.json"]
+
+
+def test_a_path_of_bytes(tmp_path: Path) -> None:
+    assert open_store(os.fsencode(tmp_path)).url == str(tmp_path)  # type: ignore[arg-type]

@@ -23,13 +23,17 @@ from ckpt.console import (
     strict_fencing_option,
     url_argument,
 )
-from ckpt.errors import Fenced
+from ckpt.errors import CkptError, Fenced
 from ckpt.holder import Holder, carry_out, check_fencing, is_gone
+from ckpt.keeper.courier import settle_what_was_left
+from ckpt.keeper.ram import RamTier
 from ckpt.log import View
 from ckpt.pins import ask_to_delete, checked_name, pin, unpin
 from ckpt.records import Start
 from ckpt.retention import Best, Keep, Plan, decide_delete, plan_retention
 from ckpt.run import RunDirectory
+
+SETTLE_S = 60.0  # for what a job left in memory
 
 takeover_option = click.option(
     "--takeover", is_flag=True, help="Also if a job holds the run that may still live: it is fenced out."
@@ -76,26 +80,41 @@ def gc(
       {"url": str, "dry_run": bool, "freed": int,  # bytes
        "kept": [{"step": int, "attempt": str, "why": str}],
        "deleted": [{"step": int, "attempt": str, "nbytes": int}],
-       "abandoned": [str]}  # attempts that were never committed
+       "abandoned": [str],  # attempts that were never committed
+       "unfinished": [str]}  # attempts whose deletion was cut short
     """
     run, view = open_run(url)
     keep = Keep(last=last, every=every, best=Best(best, mode, best_count) if best else None)
-    plan = plan_retention(view, keep, run.attempts())
-    if not dry_run and (plan.attempts or any(name in view.retired for name in run.attempts())):
+    present = run.attempts()
+    plan = plan_retention(view, keep, present)
+    unfinished = [name for name in present if name in view.retired]
+    if not dry_run and (plan.attempts or unfinished):
         still = "Nothing was deleted. Let that job delete, with Checkpointer(keep=...), or stop it and pass --takeover"
-        refuse_live(run, view.holder, takeover, still)
+        require_idle(run, view.holder, takeover, still)
         start = _take(run, view, takeover, strict_fencing)
         plan = plan_retention(run.log.view, keep, run.attempts()).within(plan)  # after what was adopted
         carry_out(run, plan, start.generation, start.nonce)
-    output(_plan_json(run, run.log.view, plan, dry_run), as_json, _print_plan)
+    found = _plan_json(run, run.log.view, plan, dry_run) | {"unfinished": unfinished}
+    output(found, as_json, _print_plan)
 
 
-def refuse_live(run: RunDirectory, holder: Start | None, takeover: bool, still: str) -> None:
-    if holder is not None and not takeover and not is_gone(holder):
+def require_idle(run: RunDirectory, holder: Start | None, takeover: bool, still: str) -> None:
+    """Fenced, with what is `still` the case, if a job may work; what one left in this node's memory is stored first."""
+    if holder is None or takeover:
+        return
+    if not is_gone(holder):
         raise Fenced(
             f"{run.url}: generation {holder.generation} was started by pid {holder.pid} on host {holder.host!r}, which "
             f"may still run. {still}"
         )
+    if RamTier.of(run).exists():
+        click.echo("a job left something in this node's memory, which is stored first", err=True)
+    try:
+        settle_what_was_left(run, SETTLE_S)
+    except (CkptError, OSError) as error:
+        raise Fenced(
+            f"{run.url}: what a job left in this node's memory is not stored yet ({error}). {still}"
+        ) from error
 
 
 def _take(run: RunDirectory, seen: View, takeover: bool, strict_fencing: bool) -> Start:
@@ -121,7 +140,8 @@ def _plan_json(run: RunDirectory, view: View, plan: Plan, dry_run: bool) -> Json
 def _print_plan(found: Json) -> None:
     table = columns("step", "attempt", "", "why", right="step")
     leaving = [(step["step"], step["attempt"], "leaves", "") for step in found["deleted"]]
-    leaving += [(int(name.partition(".")[0]), name, "leaves", "never committed") for name in found["abandoned"]]
+    for kind, why in (("abandoned", "never committed"), ("unfinished", "its deletion was cut short")):
+        leaving += [(int(name.partition(".")[0]), name, "leaves", why) for name in found[kind]]
     for step, attempt, what, why in sorted(
         [*leaving, *((s["step"], s["attempt"], "", s["why"]) for s in found["kept"])]
     ):
@@ -226,6 +246,8 @@ def delete_step(url: str, step: int, dry_run: bool, takeover: bool, strict_fenci
         decide_delete(view, nonce="dry-run", attempt=commit.attempt)
     else:
         check_fencing(run, strict_fencing)
+        if done:
+            require_idle(run, view.holder, takeover, "Nothing was deleted. Try again soon, or pass --takeover")
         ask_to_delete(run, commit)
         if done:
             start = _take(run, view, takeover, strict_fencing)
@@ -274,9 +296,9 @@ def copy_run(source: str, target: str, every: bool, takeover: bool, strict_fenci
     run, view, number = open_at(source)
     commits = view.standing() if every and number is None else [find(run, view, number)]
     into = RunDirectory.open(target, create=True)
-    known = set(into.log.read().commits)
-    seen = into.log.view
-    refuse_live(into, seen.holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    seen = into.log.read()
+    require_idle(into, seen.holder, takeover, "Nothing was copied. Stop that job and pass --takeover")
+    known = {commit.attempt for commit in into.log.read().standing()}
     holder = Holder(into, run_id=None, takeover=takeover, strict_fencing=strict_fencing, seen=seen)
     missing = [commit for commit in commits if commit.attempt not in known]
     with byte_progress(sum(commit.nbytes for commit in missing)) as told:

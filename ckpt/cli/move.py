@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from ckpt.cli.change import refuse_live, takeover_option
+from ckpt.cli.change import require_idle, takeover_option
 from ckpt.console import (
     Json,
     byte_progress,
@@ -120,7 +120,7 @@ def import_file(
 
     run = RunDirectory.open(target, create=True)
     seen = run.log.read()
-    refuse_live(run, seen.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")
+    require_idle(run, seen.holder, takeover, "Nothing was imported. Stop that job and pass --takeover")
     holder = Holder(run, run_id=None, takeover=takeover, strict_fencing=strict_fencing, seen=seen)
     with byte_progress(0) as told:
         commit, moved = import_step(

@@ -39,6 +39,7 @@ from ckpt.keeper.orders import (
     ToWorker,
 )
 from ckpt.keeper.ram import Claim, RamTier, runs_on_this_node
+from ckpt.run import RunDirectory
 from ckpt.wire import Line
 
 log = logging.getLogger("ckpt")
@@ -163,13 +164,14 @@ class Courier:
             self._pending[pending.attempt] = pending
             if self._line is not None:
                 self._try(lambda line: self._introduce(line, pending))
-        self.start()
+            self.start()
         return pending
 
     def start(self) -> None:
         """See to it that there is a keeper, in the background."""
         with self._lock:
             if self._thread is None:
+                self._problem = ""
                 self._thread = threading.Thread(target=self._run, name="ckpt-courier", daemon=True)
                 self._thread.start()
 
@@ -228,15 +230,14 @@ class Courier:
         while not self._closing:
             try:
                 line = self._connect()
-            except (CkptError, OSError) as error:
-                self._fail_all(error)
-                with self._answered:
-                    self._thread = None
-                    self._answered.notify_all()
+                if line is None:
+                    return
+                self._listen(line)
+            except Exception as error:  # whatever it is: nobody waits for a thread that has ended
+                self._give_up(error)
+                if not isinstance(error, CkptError | OSError):
+                    raise
                 return
-            if line is None:
-                return
-            self._listen(line)
             with self._lock:
                 self._line = None
                 line.close()
@@ -288,12 +289,16 @@ class Courier:
         pending.resolve(outcome)
         self._resolved(pending)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _give_up(self, error: Exception) -> None:
+        """This thread ends, and what waits for it fails; what comes after finds no thread, and starts another one."""
         message = f"the keeper of this node could not be started: {error}{self._tail()}"
         with self._answered:
-            self._problem = message
+            self._problem, self._thread, lost = message, None, list(self._pending.values())
+            if self._line is not None:
+                self._line.shutdown()
+                self._line = None
             self._answered.notify_all()
-        for pending in list(self._pending.values()):
+        for pending in lost:
             self._resolve(pending, Outcome(pending.attempt, kind="SaveFailed", message=message))
 
     def _send(self, message: ToKeeper) -> None:
@@ -360,7 +365,7 @@ class Courier:
         try:
             _spawn(tier)
         except (subprocess.SubprocessError, OSError) as error:
-            if tier.run_nonce == self.ram.run_nonce:
+            if tier.name == self.ram.name:
                 raise SaveFailed(f"its process did not start: {error}") from error
             log.warning("the keeper of another run in %s could not be started: %s", tier.root, error)
 
@@ -369,6 +374,21 @@ class Courier:
             data = Path(self.ram.file("log")).read_bytes()[-LOG_TAIL_BYTES:]
             return "\nIts log ends:\n" + data.decode(errors="replace") if data else ""
         return ""
+
+
+def settle_what_was_left(run: RunDirectory, limit_s: float, *, lost: bool = False) -> None:
+    """Return once all that workers left of `run` in this node's memory is committed or given up.
+
+    Blocking; `DeadlineExceeded` after `limit_s`, any other `CkptError` or `OSError` if the keeper cannot be had.
+    """
+    tier = RamTier.of(run)
+    if not tier.exists():
+        return
+    courier = Courier(tier, run.url, -1, lambda pending: None)
+    try:
+        courier.settle(limit_s, lost=lost)
+    finally:
+        courier.close(goodbye=False)
 
 
 def _has_keeper(tier: RamTier) -> bool:
@@ -384,7 +404,7 @@ def _spawn(tier: RamTier) -> None:
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with open(tier.file("log"), "ab") as out:
         subprocess.run(
-            [sys.executable, "-m", "ckpt.keeper", tier.root, tier.run_nonce],
+            [sys.executable, "-m", "ckpt.keeper", tier.root, tier.name],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

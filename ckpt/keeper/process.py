@@ -223,10 +223,10 @@ def _claim(ram: RamTier) -> Claim | None:
     return claim
 
 
-def serve(root: str, nonce: str) -> int:
-    """Be the keeper of run `nonce` on this node until it may end; the exit code. At once if another one lives."""
+def serve(root: str, name: str) -> int:
+    """Be the keeper of the tier `name` on this node until it may end; the exit code. At once if another one lives."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    ram = RamTier(root, nonce)
+    ram = RamTier(root, name)
     claim = _claim(ram)
     if claim is None:
         return 0
@@ -238,7 +238,7 @@ def serve(root: str, nonce: str) -> int:
         run = RunDirectory.open(Path(ram.file("run")).read_text())
     except NotFound:
         run = None
-    if run is None or run.nonce != nonce:
+    if run is None or run.nonce != ram.run_nonce:
         log.error("the run that this memory belongs to is gone")
         ram.remove()
         return 1

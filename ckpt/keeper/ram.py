@@ -1,6 +1,6 @@
 """The RAM tier of a run on this node: a tmpfs directory laid out like every other tier, which outlives the workers.
 
-    <root>/holdfast-<uid>/<nonce of the run>/
+    <root>/holdfast-<uid>/<nonce of the run>-<digest of its address>/
         run                  the run's address, so that anybody can start its keeper again
         lock                 held by the keeper as long as it lives
         users                held shared by every worker; who holds it alone may remove the directory
@@ -22,10 +22,12 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from ckpt.errors import StorageError
 from ckpt.manifest import data_name, digest
 from ckpt.records import parse_attempt
+from ckpt.run import RunDirectory
 
 DEFAULT_ROOT = "/dev/shm"
 SHARE_OF_FREE_MEMORY = 0.5
@@ -44,7 +46,18 @@ class RamTier:
     """The directory of one run on this node. Touches nothing until `make`."""
 
     root: str
-    run_nonce: str
+    name: str
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> Self:
+        """That of the run that stands there: a copy of its directory is another run, with a keeper of its own."""
+        path = run.store.local_path("")
+        place = digest(os.fsencode(run.url if path is None else os.path.realpath(path))).hex()[:8]
+        return cls(ram_root(), f"{run.nonce}-{place}")
+
+    @property
+    def run_nonce(self) -> str:
+        return self.name.rpartition("-")[0]
 
     @property
     def home(self) -> str:
@@ -53,7 +66,7 @@ class RamTier:
 
     @property
     def path(self) -> str:
-        return os.path.join(self.home, self.run_nonce)
+        return os.path.join(self.home, self.name)
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)

@@ -30,7 +30,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
 
     Raises StorageError for what is none of them, or needs a package that is not installed. Touches nothing.
     """
-    text = os.fspath(url)
+    text = os.fsdecode(url)
     parsed = _URL.fullmatch(text)
     if (lost := _ONE_SLASH.match(text)) is not None:
         raise StorageError(f"cannot open {text!r}: did you mean {lost[1]}://{text[lost.end() :]}?")

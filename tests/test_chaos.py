@@ -342,7 +342,7 @@ async def test_copies_in_memory_rot_and_the_store_has_the_step(ground: Ground) -
         await faults.FAULTS["rot-in-ram"](ground, node).inject()
     with ckpt.Checkpointer(ground.run) as checkpointer:
         checkpointer.save(5, saved, blocking=True)
-        (mine,) = Path(os.environ["CKPT_RAM_DIR"]).glob(f"holdfast-*/{RunDirectory.open(ground.run).nonce}")
+        (mine,) = Path(os.environ["CKPT_RAM_DIR"]).glob(f"holdfast-*/{RunDirectory.open(ground.run).nonce}-*")
         theirs = node.ram / mine.parent.name / mine.name
         shutil.copytree(mine / "steps", theirs / "steps")
         said = await faults.FAULTS["rot-in-ram"](ground, node).inject()

@@ -76,6 +76,8 @@ class StepBar:
 
     def __enter__(self) -> Callable[[int], None]:
         self._bar.start()
+        if self._bar.disable:
+            return lambda done: None
         return lambda done: self._bar.update(self._task, completed=done)
 
     def __exit__(self, *_: object) -> None:

@@ -13,8 +13,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Final
 
-from gcsfs import GCSFileSystem
-
 from ckpt.errors import StorageError
 from ckpt.stores.anyfs import PART_BYTES, FsspecBucket
 from ckpt.stores.bucket import Upload, parts_of
@@ -24,18 +22,12 @@ PIECES_LIMIT: Final = COMPOSED**3
 _PIECE: Final = re.compile(r".+\.piece-[0-9a-f]{16}-\d+-\d{5}")
 
 
-class _AskedOnce(GCSFileSystem):  # type: ignore[misc]
-    """The client without its own retries, which it offers no switch for."""
-
-    _request = GCSFileSystem._request.__wrapped__
-
-
 class GcsBucket(FsspecBucket):
     """The bucket `name`."""
 
     def __init__(self, protocol: str, name: str) -> None:
         super().__init__(protocol, name)
-        self._creating: Any = _AskedOnce(use_listings_cache=False)
+        self._creating = _asked_once()
 
     def create(self, key: str, data: bytes) -> None:
         # If the client asked again, the second answer would be about its own first request.
@@ -56,6 +48,16 @@ class GcsBucket(FsspecBucket):
     def abort_uploads(self, prefix: str) -> None:
         found = [each.key for each in self.list(prefix, deep=True)]
         self.delete([key for key in found if _PIECE.fullmatch(key)])
+
+
+def _asked_once() -> Any:
+    """The client without its own retries, which it offers no switch for."""
+    from gcsfs import GCSFileSystem
+
+    class AskedOnce(GCSFileSystem):  # type: ignore[misc]
+        _request = GCSFileSystem._request.__wrapped__
+
+    return AskedOnce(use_listings_cache=False)
 
 
 class _Pieces:

@@ -54,6 +54,7 @@ _TRIES_LIMIT = 100  # lost slots in a row; each means that somebody else appende
 _UNKNOWN_LIMIT = 12  # creates of unknown outcome, 40 s of waiting in all; what stands there is read after each
 _UNKNOWN_WAIT_S = 8.0
 _LOOK_S = 0.05
+_STALE_LOOKS, _STALE_LOOK_S = 60, 0.5
 _WINDOW = 256  # slots that are read at once: a gap behind them ends it
 
 RecordT = TypeVar("RecordT", Start, Commit, Pin, Unpin, Retire, Request)
@@ -225,9 +226,7 @@ class RunLog:
         return mine[0] if mine else None
 
     def _read_new(self) -> list[Entry]:
-        slots = range(self._view.next_slot, self._end())
-        if not slots.stop:
-            self._check_empty()
+        slots = range(self._view.next_slot, self._end() or self._end_though_empty())
         entries, chain = list[Entry](), self._chain
         with ExitStack() as stack:
             read: Callable[..., Iterable[bytes | None]] = map
@@ -253,18 +252,27 @@ class RunLog:
             raise Corrupt(f"the log of {self._store.url} had {known} records and now has {end}: was the run deleted?")
         return end
 
-    def _check_empty(self) -> None:
-        """Raise Corrupt if there are steps though there is no record: nobody stores any before the first one stands."""
+    def _end_though_empty(self) -> int:
+        """The end of a log in which no record is seen. Raises Corrupt if there are steps: a record stands before them.
+
+        NFS may show an old listing for half a minute, and so a part of a run that has just begun.
+        """
         try:
-            names = self._store.list(STEPS)
+            attempts = sum(parse_attempt(name) is not None for name in self._store.list(STEPS))
         except NotFound:
-            return
-        attempts = sum(parse_attempt(name) is not None for name in names)
-        if attempts and not self._end():
-            raise Corrupt(
-                f"{self._store.url}: all records of its log are missing, although there are {attempts} attempts in "
-                f"{STEPS}/. Copy the whole directory again, or move {STEPS}/ away to begin anew"
-            )
+            attempts = 0
+        looks = 1 if by_requests(self._store) else _STALE_LOOKS
+        while attempts:
+            if end := self._end():
+                return end
+            if not looks:
+                raise Corrupt(
+                    f"{self._store.url}: all records of its log are missing, although there are {attempts} attempts in "
+                    f"{STEPS}/. Copy the whole directory again, or move {STEPS}/ away to begin anew"
+                )
+            looks -= 1
+            self._sleep(_STALE_LOOK_S)
+        return 0
 
     def _slot(self, slot: int) -> bytes | None:
         path = _slot_path(slot)

@@ -23,10 +23,11 @@ from states import bits
 
 import ckpt
 from ckpt import Checkpointer, CkptError, Corrupt, Incompatible
+from ckpt import run as run_module
 from ckpt.check import check_step
 from ckpt.manifest import Chunk, Manifest, Part, decode_manifest, decode_part, digest, encode_manifest, encode_part
 from ckpt.records import Commit, Unpin, decode_record, encode_record, seal
-from ckpt.run import RunDirectory
+from ckpt.run import RunDirectory, RunLog, open_store
 from ckpt.sharding import TensorSpec
 
 Change = Callable[[Any], Any]
@@ -365,7 +366,8 @@ def test_a_directory_that_is_a_link_is_refused(tmp_path: Path, what: str) -> Non
         checkpointer.restore(state(-1), required=True)
 
 
-def test_a_log_without_records_is_no_new_run(tmp_path: Path) -> None:
+def test_a_log_without_records_is_no_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_STALE_LOOK_S", 0.01)
     forge(tmp_path)
     for record in (tmp_path / "log").iterdir():
         record.unlink()
@@ -375,6 +377,22 @@ def test_a_log_without_records_is_no_new_run(tmp_path: Path) -> None:
     with pytest.raises(Corrupt, match="all records of its log are missing"):
         ckpt.load(tmp_path)
     assert sorted((tmp_path / "steps").rglob("*")) == kept
+
+
+def test_a_log_whose_listing_is_old_is_looked_at_again(tmp_path: Path) -> None:
+    """As a node sees it over NFS that has listed the log just before the first record stood."""
+    forge(tmp_path)
+    there, aside = tmp_path / "log", tmp_path / "aside"
+    there.rename(aside)
+    waited: list[float] = []
+
+    def shown(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            aside.rename(there)
+
+    view = RunLog(open_store(tmp_path), sleep=shown).read()
+    assert ([commit.step for commit in view.standing()], len(waited)) == ([1, 2], 3)
 
 
 def test_a_header_far_longer_than_its_part_can_need_is_not_read(tmp_path: Path) -> None:

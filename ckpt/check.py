@@ -387,7 +387,7 @@ class _Entry:
 def header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]]:
     """How the header differs from the part, and padding that is not zero."""
     try:
-        table, base = _read_header(file, part)
+        table, base = _read_header(file, min(part.data_bytes - 8, _header_limit(part)))
         yield from _table_faults(table, base, part)
         pads = [entry for name, entry in table.items() if _is_pad(name)]
         bad = [base + e.start for e in pads if any(_read_some(file, base + e.start, min(e.stop - e.start, RUN_BYTES)))]
@@ -400,10 +400,10 @@ def header_faults(file: DataFile, part: Part) -> Iterator[tuple[str | None, str]
         yield None, f"padding is not zero in {len(bad)} places, the first at file byte {bad[0]}; no tensor lies there"
 
 
-def _read_header(file: DataFile, part: Part) -> tuple[dict[str, _Entry], int]:
+def _read_header(file: DataFile, limit_bytes: int) -> tuple[dict[str, _Entry], int]:
     """The header's entries, and the file byte where the data section starts. Raises Corrupt."""
     length = int.from_bytes(_read_some(file, 0, 8), "little")
-    if not 2 <= length <= min(HEADER_LIMIT_BYTES, part.data_bytes - 8, _header_limit(part)):
+    if not 2 <= length <= min(HEADER_LIMIT_BYTES, limit_bytes):
         raise Corrupt(f"its safetensors header claims {length} bytes")
     try:
         fields = json.loads(_read_some(file, 8, length), object_pairs_hook=_distinct)

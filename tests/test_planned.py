@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from agents import Cluster
 from test_elastic_cli import elastic, end_of
 
@@ -18,9 +19,9 @@ def as_host(name: str) -> list[str]:
     return ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
 
 
-def add(cluster: Cluster, name: str) -> None:
+def add(cluster: Cluster, name: str, nodes: str = "1:3") -> None:
     at_once = {"ELASTIC_JOIN_WINDOW_S": "0", "ELASTIC_MIN_INTERVAL_S": "0"}
-    cluster.add(name, "1:3", before=as_host(f"host-{name}"), loop=["steps"], **at_once)
+    cluster.add(name, nodes, before=as_host(f"host-{name}"), loop=["steps"], **at_once)
 
 
 def goes_on(cluster: Cluster, nodes: set[str], after: int) -> int:
@@ -80,6 +81,31 @@ def test_planned_changes_lose_no_step(tmp_path: Path) -> None:
         view = RunDirectory.open(cluster.run).log.read()
         assert view.head is not None
         assert view.head.step == cluster.last_step(), "everything is saved"
+        check_steps(cluster)
+
+
+@pytest.mark.prove
+def test_all_of_four_nodes_get_sigterm_at_once_and_the_next_job_goes_on_from_there(tmp_path: Path) -> None:
+    """As where a whole allocation is preempted: everything is saved, and nothing is computed again."""
+    with Cluster(tmp_path) as cluster:
+        for name in "abcd":
+            add(cluster, name, "4:4")
+        cluster.until("four nodes train", lambda: len(cluster.workers(cluster.generation())) == 4)
+        generation = cluster.generation()
+        cluster.until("they make steps", lambda: cluster.last_step(generation) > 5)
+        for agent in cluster.agents.values():
+            agent.process.send_signal(signal.SIGTERM)
+        codes = {name: agent.wait() for name, agent in cluster.agents.items()}
+        assert 0 not in codes.values(), codes
+        head = RunDirectory.open(cluster.run).log.read().head
+        assert head is not None
+        assert head.step == cluster.last_step(), "everything is saved"
+        for name in "abcd":
+            add(cluster, name, "4:4")
+        cluster.until("four nodes train again", lambda: len(cluster.workers(cluster.generation())) == 4)
+        cluster.until("they make steps", lambda: cluster.last_step() > head.step + 5)
+        cluster.finish()
+        assert {agent.wait() for agent in cluster.agents.values()} == {0}
         check_steps(cluster)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 120
+NO_GROUP = 97  # the exit code of a rank that did not find the others
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,24 @@ class Pool:
         self._workers = [_Worker(Path(self._folder.name)) for _ in range(size)]
 
     def run(self, fn: Callable[..., Any], world: int, *args: Any, deadline_s: float = DEADLINE_S) -> list[Outcome]:
-        """Run `fn(rank, world, *args)` on `world` ranks; how each ended, in order of rank."""
+        """Run `fn(rank, world, *args)` on `world` ranks; how each ended, in order of rank.
+
+        Where the ranks did not find each other, before anything of the task ran, fresh ones try it once more.
+        """
+        call = pickle.dumps((fn.__module__, fn.__qualname__, args))
+        outcomes = self._run(call, world, deadline_s)
+        if any(outcome.returncode == NO_GROUP for outcome in outcomes):
+            outcomes = self._run(call, world, deadline_s)
+        return outcomes
+
+    def _run(self, call: bytes, world: int, deadline_s: float) -> list[Outcome]:
         self._count += 1
         name = f"task-{self._count}"
-        call = pickle.dumps((fn.__module__, fn.__qualname__, args))
         for rank, worker in enumerate(self._workers[:world]):
-            worker.begin(name, rank, world, call)
+            if not worker.lives:
+                worker.close()
+                self._workers[rank] = _Worker(Path(self._folder.name))
+            self._workers[rank].begin(name, rank, world, call)
         deadline = time.monotonic() + deadline_s
         return [worker.end(deadline) for worker in self._workers[:world]]
 
@@ -104,6 +117,10 @@ class _Worker:
             start_new_session=True,
             cwd=folder,
         )
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
 
     def begin(self, name: str, rank: int, world: int, call: bytes) -> None:
         self._answer = self._folder / f"{name}.{rank}.done"
@@ -161,7 +178,11 @@ def _run_task(path: str, rank: int, world: int) -> tuple[Any, BaseException | No
     import torch.distributed as dist
 
     module, name, args = pickle.loads(Path(f"{path}.{rank}.call").read_bytes())
-    dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=world)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=world)
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(NO_GROUP)
     try:
         return getattr(importlib.import_module(module), name)(rank, world, *args), None
     except Exception as error:

@@ -26,7 +26,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by 
 def tell_echo(name: str, collected: Collected, rank: int, **facts: Any) -> None:
     """Be at the point `name`, and say what the state holds; nothing where nobody listens."""
     if watched():
-        point(name, rank=rank, echo=echo_of(collected, rank), **facts)
+        point(name, rank=rank, echo=echo_of(collected, rank), memory=memory_of(collected), **facts)
 
 
 def echo_of(collected: Collected, rank: int) -> Echo:
@@ -37,6 +37,16 @@ def echo_of(collected: Collected, rank: int) -> Echo:
         for piece in pieces_of(local.sharding, local.spec.shape, rank):
             box = piece.box
             found.append((key, list(box.offset), list(box.shape), _sum(tensor, piece, local.spec.shape)))
+    return found
+
+
+def memory_of(collected: Collected) -> list[tuple[str, int, int, str]]:
+    """Key, address, bytes and dtype of each tensor that lies in one piece in CPU memory: where it could be damaged."""
+    found = []
+    for key in collected.locals:
+        tensor = collected.tensors[key]
+        if tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous():
+            found.append((key, tensor.data_ptr(), tensor.nbytes, str(tensor.dtype).removeprefix("torch.")))
     return found
 
 

@@ -5,11 +5,13 @@ No torch: a node of it is there in a tenth of a second.
 
 from __future__ import annotations
 
+import array
 import importlib.util
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,22 @@ def events() -> Any:
 
 
 def work() -> None:
-    """Make a step every 20 ms, with memory in use."""
+    """Make a step every 20 ms, with memory in use; each says what it saw of the disk, its memory and the clock."""
     ballast = bytearray(os.urandom(4096)) * (BALLAST_BYTES // 4096)
-    for step in range(1, 1_000_000):
-        ballast[step % BALLAST_BYTES] = 1
-        events_module.point("step", step=step, rank=0)
-        time.sleep(0.02)
+    live = array.array("f", [1.5])
+    events_module.point("save", step=0, rank=0, memory=[("live", live.buffer_info()[0], 4, "float32")])
+    with tempfile.TemporaryFile() as file:
+        for step in range(1, 1_000_000):
+            ballast[step % BALLAST_BYTES] = 1
+            began = time.monotonic()
+            try:
+                os.fsync(file.fileno())
+                failed = 0
+            except OSError as error:
+                failed = error.errno
+            facts = {"failed": failed, "fsync_s": time.monotonic() - began, "live": live[0], "unix_s": time.time()}
+            events_module.point("step", step=step, rank=0, **facts)
+            time.sleep(0.02)
 
 
 def answer() -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from servers import INSTALLED
 
 from elastic.chaos.ground import Ground, abilities, outlived
 from elastic.chaos.scenario import Scenario
 
 TESTS = Path(__file__).parent
+# What `make servers` installed, at the end: a server's folder has a Python, too.
+os.environ["PATH"] += "".join(f"{os.pathsep}{INSTALLED / name}" for name in ("python/bin", "tools/bin"))
 CAN = abilities()
 DEADLINE_S = 30.0
 
 
 @asynccontextmanager
 async def ground_of(
-    folder: Path, can: frozenset[str], nodes: int = 2, store_mb: int = 0, command: Sequence[str] = ()
+    folder: Path, can: frozenset[str], nodes: int = 2, command: Sequence[str] = (), **more: Any
 ) -> AsyncIterator[Ground]:
-    """Nodes with stand-in agents, ready for faults, which see what `command` names; nothing is left of them."""
-    scenario = Scenario("faults", "faults themselves", (), nodes=nodes + 1, store_mb=store_mb)
+    """Nodes with stand-in agents, which see what `command` names; nothing is left of them. `more`: of the scenario."""
+    scenario = replace(Scenario("faults", "faults themselves", (), nodes=nodes + 1), **more)
     ground = Ground(scenario, folder, command, can, 0, time.monotonic())
     agent = [sys.executable, "-S", str(TESTS / "chaos_agent.py"), *(["answers"] if "boxes" in can else [])]
     ground.place = replace(ground.place, command=agent, keep=(*ground.place.keep, str(TESTS.parent)))

@@ -38,6 +38,14 @@ azurite() {
     command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix "$here/npm" azurite@3.33.0
 }
 
-for server in python swift gcs ceph azurite disks; do
+tools() { # strace, with the libraries that it needs
+    mkdir -p "$here/tools/bin"
+    command -v strace >/dev/null && return
+    unpack tools strace && printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' \
+        "$here/tools/usr/lib/$(uname -m)-linux-gnu" "$here/tools/usr/bin/strace" >"$here/tools/bin/strace" &&
+        chmod +x "$here/tools/bin/strace"
+}
+
+for server in tools python swift gcs ceph azurite disks; do
     "$server" || echo "install_servers: $server could not be installed here; its tests will be skipped" >&2
 done

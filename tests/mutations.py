@@ -78,6 +78,24 @@ def hides_the_failure(leading: Any) -> None:
     leading.EXIT_FRUITLESS = 0
 
 
+def lets_two_writers_have_one_slot(posix: Any) -> None:
+    posix.PosixStore.create = lambda self, path, data: self.put(path, data)
+
+
+def forgets_names(posix: Any) -> None:
+    posix._fsync_directory = lambda directory: None
+
+
+def lets_stale_writers_pass(log: Any) -> None:
+    why_not = log._Fold._why_not
+    log.check_fence = lambda view, generation, holder_nonce: None
+    log._Fold._why_not = lambda self, entry: None if isinstance(entry, log.Commit) else why_not(self, entry)
+
+
+def deletes_what_is_kept(retention: Any) -> None:
+    retention.kept_for_itself = lambda view, keep: {view.standing()[-1].attempt: "the newest step"}
+
+
 MUTATIONS: dict[str, tuple[tuple[str, Callable[[Any], None]], ...]] = {
     "restores the step before": (("ckpt.holder", restores_the_step_before),),
     "reads nothing": (("ckpt.reading", reads_nothing),),
@@ -88,6 +106,10 @@ MUTATIONS: dict[str, tuple[tuple[str, Callable[[Any], None]], ...]] = {
     "skips a batch": (("elastic.data", skips_a_batch),),
     "keeps the keeper": (("ckpt.keeper.process", keeps_the_keeper),),
     "hides the failure": (("elastic.leading", hides_the_failure),),
+    "two writers of one slot": (("ckpt.stores.posix", lets_two_writers_have_one_slot),),
+    "no fsync of directories": (("ckpt.stores.posix", forgets_names),),
+    "no generation fence": (("ckpt.log", lets_stale_writers_pass),),
+    "deletes what is kept": (("ckpt.retention", deletes_what_is_kept),),
 }
 
 
@@ -111,6 +133,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def pytest_addoption() -> None:
+    """As a plugin (`-p mutations`): in front of what pytest finds modules with, before tests import any."""
+    arm()
 
 
 def arm() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import math
 import os
 import shutil
 import socket
@@ -31,9 +33,9 @@ from elastic.chaos import faults, processes
 from elastic.chaos.cgroups import Cgroup, GroundError
 from elastic.chaos.command import scenario_of, shipped
 from elastic.chaos.evidence import Life
-from elastic.chaos.ground import Ground
+from elastic.chaos.ground import Ground, abilities
 from elastic.chaos.nodes import Boxed, Plain, inside
-from elastic.chaos.scenario import Scenario
+from elastic.chaos.scenario import Planned, Scenario
 from elastic.cli import cli
 
 TESTS = Path(__file__).parent
@@ -59,13 +61,16 @@ def on_both(test: Callable[[Ground], Awaitable[None]]) -> Callable[[Path, frozen
 
 
 def on_boxes(
-    nodes: int = 2, store_mb: int = 0
+    nodes: int = 2, needs: str = "boxes", **more: Any
 ) -> Callable[[Callable[[Ground], Awaitable[None]]], Callable[[Path], None]]:
+    """Run a test on nodes in namespaces that can do what it `needs`; `more`: of the scenario."""
+
     def decorate(test: Callable[[Ground], Awaitable[None]]) -> Callable[[Path], None]:
         @boxed
+        @pytest.mark.skipif(needs not in CAN, reason=f"needs {needs}: `make servers` installs it, as root")
         def run(tmp_path: Path) -> None:
             async def act() -> None:
-                async with ground_of(tmp_path, CAN, nodes, store_mb) as ground:
+                async with ground_of(tmp_path, CAN, nodes, **more) as ground:
                     await test(ground)
 
             asyncio.run(act())
@@ -298,6 +303,112 @@ async def test_the_store_turns_read_only_and_back(ground: Ground) -> None:
     assert (ground.store / "more").exists()
 
 
+@on_boxes(nodes=1, needs="disk", store_mb=32)
+async def test_who_writes_to_a_store_that_stands_still_waits_until_it_goes_on(ground: Ground) -> None:
+    await (fault := faults.DiskStall(ground, ground.nodes["n1"])).inject()
+    writer = await asyncio.create_subprocess_exec("touch", str(ground.store / "more"))
+    await soon(lambda: processes.state(writer.pid) == "D")
+    writer.kill()
+    await asyncio.sleep(0.1)
+    assert processes.state(writer.pid) == "D", "not even a signal ends it"
+    await fault.heal()
+    await writer.wait()
+    (ground.store / "again").touch()
+
+
+def last_step(ground: Ground, node: str) -> dict[str, Any]:
+    """What a worker said after its newest step."""
+    return next(mark.facts for mark in reversed(ground.listener.marks) if mark.name == "step" and mark.node == node)
+
+
+@on_boxes(needs="strace")
+async def test_fsync_fails_on_one_node_alone(ground: Ground) -> None:
+    await (fault := faults.FsyncFails(ground, ground.nodes["n2"])).inject()
+    await soon(lambda: last_step(ground, "n2")["failed"] == errno.EIO)
+    assert not any(mark.facts.get("failed") for mark in ground.listener.marks if mark.node == "n1")
+    await fault.heal()
+    await soon(lambda: last_step(ground, "n2")["failed"] == 0)
+
+
+@on_boxes(nodes=1, needs="strace")
+async def test_a_disk_becomes_slow(ground: Ground) -> None:
+    await (fault := faults.SlowDisk(ground, ground.nodes["n1"], 300.0)).inject()
+    await soon(lambda: last_step(ground, "n1")["fsync_s"] > 0.3)
+    await fault.heal()
+    assert not any(processes.is_traced(pid) for pid in ground.nodes["n1"].processes())
+
+
+@on_boxes(faults=(Planned("clock-jump"),))
+async def test_a_clock_jumps_on_one_node_alone(ground: Ground) -> None:
+    def hours_off(node: str) -> int:
+        return round((last_step(ground, node)["unix_s"] - time.time()) / 3600)
+
+    assert [hours_off(node) for node in ("n1", "n2")] == [0, 0]
+    await (fault := faults.ClockJump(ground, ground.nodes["n2"], -7.0)).inject()
+    await soon(lambda: hours_off("n2") == -7)
+    assert hours_off("n1") == 0
+    await fault.heal()
+    await soon(lambda: hours_off("n2") == 0)
+
+
+@on_both
+async def test_the_live_state_of_one_worker_is_damaged(ground: Ground) -> None:
+    assert last_step(ground, "n2")["live"] == 1.5
+    await faults.LiveBitFlip(ground, ground.nodes["n2"]).inject()
+    await soon(lambda: last_step(ground, "n2")["live"] not in (1.5, None))
+    assert last_step(ground, "n2")["live"] == pytest.approx(1.5)
+    await faults.LiveNaN(ground, ground.nodes["n2"]).inject()
+    await soon(lambda: math.isnan(last_step(ground, "n2")["live"]))
+    assert last_step(ground, "n1")["live"] == 1.5
+
+
+def asked(ground: Ground) -> int:
+    """The status with which the bucket answers a node; 0 if it does not within 2 s, or ends the connection."""
+    assert ground.bucket is not None
+    node, endpoint = ground.nodes["n1"], ground.bucket.endpoint
+    ask = (
+        "import sys, urllib.request as r, urllib.error as e\n"
+        f"try: a = r.urlopen({endpoint!r} + '/bucket', timeout=2); a.read(); print(a.status)\n"
+        "except e.HTTPError as error: print(error.code)\n"
+        "except OSError: print(0)\n"
+        "except Exception: print(0)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", ask]
+    if isinstance(node, Boxed):
+        return int(inside(node.init, *command))
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+
+
+@pytest.mark.skipif("s3" not in CAN, reason="needs moto_server: run `make servers`")
+@pytest.mark.parametrize(
+    "boxes", [pytest.param(True, marks=boxed, id="namespaces"), pytest.param(False, id="processes")]
+)
+def test_a_bucket_fails_as_it_is_told_and_heals(tmp_path: Path, boxes: bool) -> None:
+    async def act() -> None:
+        async with ground_of(tmp_path, abilities(boxes), 1, store="s3") as ground:
+            node = ground.nodes["n1"]
+            assert await asyncio.to_thread(asked, ground) == 200
+            for kind, answers in (
+                (faults.StoreErrors, {500, 503, 429, 0}),
+                (faults.LostReplies, {0}),
+                (faults.StoreStall, {0}),
+                *([(faults.StoreAway, {0})] if boxes else []),
+            ):
+                await (fault := kind(ground, node, 1.0)).inject()
+                assert await asyncio.to_thread(asked, ground) in answers, kind
+                await fault.heal()
+                assert await asyncio.to_thread(asked, ground) == 200, kind
+            assert ground.bucket is not None
+            assert ground.bucket.met >= 3
+            with ground.bucket.reached() as url:
+                RunDirectory.open(url, create=True)
+            with ground.opened() as run:
+                assert run.log.read().head is None
+            assert ground.bucket.unfinished() == []
+
+    asyncio.run(act())
+
+
 def save_on_each_rank(rank: int, world: int, url: str) -> None:
     with ckpt.Checkpointer(url) as checkpointer:
         for step in (4, 5):
@@ -407,7 +518,7 @@ from pathlib import Path
 from chaos_ground import CAN, ground_of
 
 async def main():
-    async with ground_of(Path({str(tmp_path)!r}), CAN, 1, 16) as ground:
+    async with ground_of(Path({str(tmp_path)!r}), CAN, 1, store_mb=16) as ground:
         print(ground.listener.path, ground.identity, flush=True)
         await asyncio.sleep(600)
 
@@ -448,10 +559,14 @@ def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
     assert report["ground"] == ("namespaces" if "boxes" in CAN else "processes")
 
 
+LONGER = {"node-gain": "800", **dict.fromkeys(("clock-jump", "store-errors", "store-stall", "store-away"), "400")}
+"""Steps where what is injected takes longer: an agent takes seconds to come."""
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
-    chaos(patient(name), [SCRIPT, "800" if name == "node-gain" else "40"])  # an agent takes seconds to come
+    chaos(patient(name), [SCRIPT, LONGER.get(name, "40")])
 
 
 @pytest.mark.prove

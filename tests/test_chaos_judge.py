@@ -20,6 +20,7 @@ from elastic.chaos.command import needs, shipped
 from elastic.chaos.evidence import Evidence, Injection, Life, Mark
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.judge import (
+    each_metric_is_a_number,
     each_sample_exactly_once,
     judge,
     losses_are_the_undisturbed_ones,
@@ -142,6 +143,20 @@ def test_a_loss_that_differs_the_second_time_is_red_and_so_is_one_of_the_undistu
     assert losses_are_the_undisturbed_ones(replace(good(), reference={2: {"loss": 2.0}})).verdict == "green"
 
 
+def test_a_metric_that_is_no_number_is_red_unless_it_was_promised() -> None:
+    spoilt = good()
+    spoilt.marks = [
+        replace(mark, facts={**mark.facts, "metrics": {"loss": float("nan")}})
+        if mark.name == "step" and mark.step == 2
+        else mark
+        for mark in spoilt.marks
+    ]
+    assert each_metric_is_a_number(spoilt).verdict == "red"
+    scenario = {**spoilt.scenario, "promise": {**spoilt.scenario["promise"], "not_finite": True}}
+    assert each_metric_is_a_number(replace(spoilt, scenario=scenario)).verdict == "green"
+    assert each_metric_is_a_number(replace(good(), scenario=scenario)).verdict == "red", "it was not noticed"
+
+
 def test_slow_or_no_recovery_is_red() -> None:
     never = replace(good(), faults=[replace(good().faults[0], recovered_at=None)])
     assert recovered_in_time(never).verdict == "red"
@@ -217,7 +232,7 @@ def test_every_shipped_scenario_names_faults_that_exist() -> None:
     for scenario in shipped().values():
         assert {fault.kind for fault in scenario.faults} <= FAULTS.keys()
         assert scenario.faults
-        assert needs(scenario) <= {"boxes", "disk", "tc", "freezer", "memory", "cpu"}
+        assert needs(scenario) <= {"boxes", "disk", "tc", "freezer", "memory", "cpu", "s3", "strace"}
 
 
 def test_the_scenario_of_the_page_is_one() -> None:
@@ -228,7 +243,7 @@ def test_the_scenario_of_the_page_is_one() -> None:
 
 
 def test_a_scenario_with_a_mistake_is_refused_by_name() -> None:
-    for text in ("nodes = ", "nods = 3", "[[fault]]\nkind = 'x'\nat.stp = 3", "nodes = 1\nminimum = 2"):
+    for text in ("nodes = ", "nods = 3", "[[fault]]\nkind = 'x'\nat.stp = 3", "nodes = 1\nminimum = 2", "store = 's4'"):
         with pytest.raises(Incompatible, match="scenario mine"):
             parse(f"title = 'a title'\n{text}", "mine")
 

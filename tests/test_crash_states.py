@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import crash
 import pytest
 import torch
 from jobs import run_job
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 import ckpt
 from ckpt.errors import NotFound
 from ckpt.run import RunDirectory
+from ckpt.testing import crash
 
 IMAGES = 60  # of each scenario in the normal suite
 ALL_IMAGES = int(os.environ.get("HOLDFAST_CRASH_IMAGES", "12000"))  # of all scenarios together, when asked for

@@ -18,11 +18,9 @@ import fsspec
 import pytest
 import servers
 from click.testing import CliRunner
-from conformance import StoreConformance, pages
 from jobs import Pool, run_job
 from keepers import forget, kill_keepers, until
 from layouts import assert_same_state, build, full_state
-from proxy import ALL, QUICK, Proxy, faulty
 from test_kill import TIMEOUT_S, check_restart, state_of, steps_seen
 
 import ckpt
@@ -38,6 +36,8 @@ from ckpt.stores import anyfs, open_store, s3
 from ckpt.stores.azure import AzureBucket
 from ckpt.stores.bucket import Retried
 from ckpt.stores.objects import ObjectStore
+from ckpt.testing.conformance import StoreConformance, pages
+from ckpt.testing.proxy import ALL, QUICK, Proxy, faulty
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from agents import Cluster
-from conformance import RecordConformance
 from netns import network
 from test_elastic_cli import elastic, end_of
 from test_rendezvous import check_end
@@ -19,6 +18,7 @@ from test_rendezvous import check_end
 from ckpt.errors import Fenced, Incompatible, NotFound, StorageError
 from ckpt.run import RunDirectory
 from ckpt.store import Store
+from ckpt.testing.conformance import RecordConformance
 from elastic import registry
 from elastic.registry import Records, Registry, RegistryStore, address_of, join_run, open_run, token_of
 

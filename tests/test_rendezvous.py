@@ -18,6 +18,7 @@ from test_objects import bucket
 
 from ckpt.records import Start
 from ckpt.run import RunDirectory
+from elastic.chaos.ground import CLOCK_SITE
 
 BATCHES = -(-SAMPLES // GLOBAL_BATCH)
 LAST_BATCH = SAMPLES - (BATCHES - 1) * GLOBAL_BATCH
@@ -208,8 +209,9 @@ def test_a_bucket_is_all_that_the_nodes_share(tmp_path: Path, monkeypatch: pytes
     with servers.moto_process() as (endpoint, server), Cluster(tmp_path) as cluster:
         cluster.run = f"{bucket(monkeypatch, endpoint)}/run"
         for name, off_s in (("a", 5 * 3600), ("b", -7 * 3600), ("c", -3 * 3600)):
-            path = f"{Path(__file__).parent / 'clock_site'}:{ROOT}:{ROOT / 'tests'}"
-            cluster.add(name, "1:3", PYTHONPATH=path, TEST_CLOCK_OFF_S=str(off_s))
+            (clock := tmp_path / f"{name}.clock").write_text(str(off_s))
+            path = f"{CLOCK_SITE}:{ROOT}:{ROOT / 'tests'}"
+            cluster.add(name, "1:3", PYTHONPATH=path, HOLDFAST_CHAOS_CLOCK=str(clock))
         first = cluster.trains({"a", "b", "c"})
         server.send_signal(signal.SIGSTOP)
         time.sleep(20)

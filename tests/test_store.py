@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from conformance import ALL, StoreConformance, caught, race
 
 from ckpt.errors import CkptError, Corrupt, Fenced, Incompatible, NotFound, StorageError
 from ckpt.log import View, decide_start
@@ -21,6 +20,7 @@ from ckpt.records import Request, Start, encode_record
 from ckpt.run import RunDirectory, RunLog, open_store
 from ckpt.store import OutcomeUnknown, Store
 from ckpt.stores.posix import PosixStore
+from ckpt.testing.conformance import ALL, StoreConformance, caught, race
 
 
 class TestPosixStore(StoreConformance):

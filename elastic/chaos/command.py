@@ -22,7 +22,7 @@ from elastic.chaos.faults import FAULTS
 from elastic.chaos.ground import abilities
 from elastic.chaos.judge import judge
 from elastic.chaos.report import document, page
-from elastic.chaos.scenario import Scenario, draw, parse
+from elastic.chaos.scenario import S3, Scenario, draw, parse
 from elastic.chaos.trace import recorded, replay
 
 EXIT_TERMINATED = 143
@@ -85,8 +85,8 @@ def listing() -> Json:
 
 def needs(scenario: Scenario) -> frozenset[str]:
     """What a scenario asks of the ground."""
-    disk = frozenset({"boxes", "disk"} if scenario.store_mb else ())
-    return disk.union(*(FAULTS[fault.kind].needs for fault in scenario.faults if fault.kind in FAULTS))
+    store = frozenset({"boxes", "disk"} if scenario.store_mb else {"s3"} if scenario.store == S3 else ())
+    return store.union(*(FAULTS[fault.kind].needs for fault in scenario.faults if fault.kind in FAULTS))
 
 
 def _print_listing(found: Json) -> None:
@@ -113,7 +113,7 @@ def run(
     reference: bool, as_processes: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Run, judge, write the report, for each seed; 0 if no oracle is red. What is there already is not run again."""
-    can = frozenset[str]() if as_processes else abilities()
+    can = abilities(boxes=not as_processes)
     if name == REPLAY:
         name, command = f"{REPLAY}:{command[0]}", command[1:]
     place = Path(folder) if folder else Path(tempfile.mkdtemp(prefix=f"chaos-{time.strftime('%m%d-%H%M%S')}-"))
@@ -158,7 +158,7 @@ def execute(
     found = document(evidence, judgements)
     style = files("elastic.chaos").joinpath("report.css").read_text()
     (folder / "report.html").write_text(page(evidence, judgements, style))
-    (folder / REPORT).write_text(json.dumps(found))
+    (folder / REPORT).write_text(json.dumps(found, allow_nan=False))
     return found
 
 

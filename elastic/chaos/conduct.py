@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ckpt.check import check_log, check_step
 from ckpt.errors import CkptError
-from ckpt.run import RunDirectory
 from elastic.chaos.cgroups import GroundError
 from elastic.chaos.evidence import Evidence, Injection, Mark
 from elastic.chaos.fault import Fault
@@ -46,7 +45,7 @@ def conduct(
     undisturbed = None
     if reference:
         tell("undisturbed first, for comparison")
-        calm = replace(scenario, faults=(), store_mb=0)
+        calm = replace(scenario, faults=(), store="directory", store_mb=0)
         undisturbed = asyncio.run(_Conductor(calm, command, folder / "reference", seed, can, tell).run())
     evidence = asyncio.run(_Conductor(scenario, command, folder, seed, can, tell).run())
     if undisturbed is not None:
@@ -120,12 +119,12 @@ class _Conductor:
 
     def _check(self) -> None:
         """Read and verify every step that can be restored, and the log."""
-        run = RunDirectory.open(self._ground.store)
-        view = run.log.read()
-        found = list(check_log(view))
-        for commit in view.standing():
-            found += check_step(run, commit).findings
-            self._evidence.checked_steps.append(commit.step)
+        with self._ground.opened() as run:
+            view = run.log.read()
+            found = list(check_log(view))
+            for commit in view.standing():
+                found += check_step(run, commit).findings
+                self._evidence.checked_steps.append(commit.step)
         self._evidence.damage = [str(finding) for finding in found]
 
     # Faults

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt.records import Commit
-from ckpt.run import RunDirectory
 from elastic.chaos import processes
 from elastic.chaos.cgroups import GroundError
 from elastic.chaos.fault import Fault
@@ -33,7 +32,8 @@ class Damage(Fault):
         """Do it to `files`, sorted; what was done. GroundError if there are too few."""
 
     def _newest(self) -> Commit:
-        head = RunDirectory.open(self.ground.store).log.read().head
+        with self.ground.opened() as run:
+            head = run.log.read().head
         if head is None:
             raise GroundError("nothing is committed yet")
         return head
@@ -94,7 +94,8 @@ class RotInRam(Damage):
         workers = self.node.workers()
         if not workers:
             raise GroundError(f"{self.node.name} has no worker")
-        committed = {one.attempt for one in RunDirectory.open(self.ground.store).log.read().standing()}
+        with self.ground.opened() as run:
+            committed = {one.attempt for one in run.log.read().standing()}
         held = [file for file in self.node.ram.glob("holdfast-*/*/steps/*/*.safetensors")
                 if file.parent.name in committed and file.with_suffix(".sealed").exists()]  # fmt: skip
         if not held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,6 +78,16 @@ class Evidence:
         return [mark for mark in self.marks if mark.name in names]
 
     def as_json(self) -> dict[str, Any]:
-        """All but the echoes, which are long and judged already."""
-        short = [replace(mark, facts={k: v for k, v in mark.facts.items() if k != "echo"}) for mark in self.marks]
-        return asdict(replace(self, marks=short))
+        """As JSON has it, without echoes and addresses, which are long and judged already."""
+        long = ("echo", "memory")
+        short = [replace(mark, facts={k: v for k, v in mark.facts.items() if k not in long}) for mark in self.marks]
+        return {name: _finite(value) for name, value in asdict(replace(self, marks=short)).items()}
+
+
+def _finite(value: Any) -> Any:
+    """With null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

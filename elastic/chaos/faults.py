@@ -1,4 +1,4 @@
-"""The faults of processes, nodes, links and disks, and the table of all faults that there are."""
+"""The faults of processes, nodes and links, and the table of all faults that there are."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from elastic.chaos.cgroups import GroundError
 from elastic.chaos.damage import BitRot, RotInRam, SwappedShards, TornWrite
 from elastic.chaos.evidence import Mark
 from elastic.chaos.fault import Fault
-from elastic.chaos.ground import Disk
+from elastic.chaos.live import ClockJump, LiveBitFlip, LiveNaN
 from elastic.chaos.nodes import Boxed, inside
+from elastic.chaos.store_faults import (
+    DiskFull,
+    DiskStall,
+    FsyncFails,
+    LostReplies,
+    ReadOnly,
+    SlowDisk,
+    StoreAway,
+    StoreErrors,
+    StoreStall,
+)
 
 POWER_OFF_S = 1.0
 NOTICE_S = 5.0
@@ -305,40 +316,6 @@ class OutOfMemory(Fault):
         return f"memory ran out on {self.node.name}, and worker {worker} was killed for it"
 
 
-class DiskFull(Fault):
-    """The store has no byte left, until it has again: saves wait or fail, and nothing older is touched."""
-
-    kind, stands_for, heals = "disk-full", "a quota or disk that is full", True
-    promise = "no committed step is lost; once there is room, saves go on"
-    needs = frozenset({"boxes", "disk"})
-    restarts = False
-
-    async def inject(self) -> str:
-        return f"the last {self._disk().fill() >> 10} KiB of the store were taken"
-
-    async def heal(self) -> None:
-        self._disk().free()
-
-    def _disk(self) -> Disk:
-        if self.ground.disk is None:
-            raise GroundError(f"{self.kind} needs a disk of its own for the run: set store_mb in the scenario")
-        return self.ground.disk
-
-
-class ReadOnly(DiskFull):
-    """The store's file system turns read-only, as after an error: 1 of 584 faults in a trace of 400 servers
-    (arXiv 2502.03885)."""
-
-    kind, stands_for = "read-only", "a file system that turned read-only"
-
-    async def inject(self) -> str:
-        await asyncio.to_thread(self._disk().read_only, True)
-        return "the store refuses every write"
-
-    async def heal(self) -> None:
-        await asyncio.to_thread(self._disk().read_only, False)
-
-
 class NodeGain(Fault):
     """A node more is there, and joins: fewer than the maximum must be at work."""
 
@@ -355,7 +332,8 @@ FAULTS: dict[str, type[Fault]] = {
     fault.kind: fault
     for fault in (
         WorkerKill, WorkerError, SoftwareCrash, AgentKill, NodeLoss, Maintenance, TwoNodes, LinkCut, OneWayLoss, Flap,
-        SlowLink, Freeze, Hang, Straggler, OutOfMemory, DiskFull, ReadOnly, BitRot, TornWrite,
-        SwappedShards, RotInRam, NodeGain,
+        SlowLink, Freeze, Hang, Straggler, OutOfMemory, ClockJump, DiskFull, ReadOnly, DiskStall,
+        SlowDisk, FsyncFails, StoreErrors, LostReplies, StoreStall, StoreAway, BitRot, TornWrite, SwappedShards,
+        RotInRam, LiveBitFlip, LiveNaN, NodeGain,
     )
 }  # fmt: skip

@@ -32,7 +32,7 @@ def chaos(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         from elastic.chaos.command import execute, needs, scenario_of
         from elastic.chaos.ground import abilities
 
-        can = frozenset[str]() if processes else abilities()
+        can = abilities(boxes=not processes)
         chosen = scenario_of(scenario, seed, 1.0, can) if isinstance(scenario, str) else scenario
         chosen = chosen if nodes is None else chosen.with_nodes(nodes)
         if lacks := needs(chosen) - can:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,106 +11,51 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import ckpt
 import elastic
 from ckpt.events import VARIABLE
+from ckpt.run import RunDirectory
 from elastic.chaos import processes
+from elastic.chaos.bucket import NAME, PROGRAM, URL, Bucket
 from elastic.chaos.cgroups import Cgroup, GroundError, root_of
+from elastic.chaos.disk import Disk
 from elastic.chaos.evidence import Life
 from elastic.chaos.listen import Listener
 from elastic.chaos.nodes import Boxed, Hub, Node, Place, Plain
-from elastic.chaos.scenario import TIMING, Scenario
+from elastic.chaos.scenario import S3, TIMING, Scenario
 
 CONTROLLERS = ("freezer", "memory", "cpu")
-DISK_LIMIT_S = 20.0
+CLOCK_SITE = Path(__file__).with_name("clock_site")
+NEEDED = {"disk": ("mkfs.ext4", "fsfreeze"), "tc": ("tc",), "strace": ("strace",)}  # programs, by ability
 
 
-def abilities() -> frozenset[str]:
-    """What faults can ask for here: `boxes` (namespaces and a network), `disk`, and the control groups."""
+def abilities(boxes: bool = True) -> frozenset[str]:
+    """What faults can ask for here: `boxes` (namespaces and a network), control groups, `s3`, and tools.
+
+    Without `boxes`, what nodes that are plain processes can be put through.
+    """
+    plain = frozenset({"s3"} if importlib.util.find_spec("s3fs") and shutil.which(PROGRAM) else ())
     tools = all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip", "mount"))
-    if os.geteuid() != 0 or not tools:
-        return frozenset()
+    if not boxes or os.geteuid() != 0 or not tools:
+        return plain
     tried = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, timeout=30, check=False
     )
     if tried.returncode:
-        return frozenset()
-    found = {"boxes", "disk", *(controller for controller in CONTROLLERS if _writable(controller))}
-    return frozenset(found | ({"tc"} if shutil.which("tc") else set()))
+        return plain
+    found = {"boxes", *(controller for controller in CONTROLLERS if _writable(controller))}
+    return plain | found | {name for name, programs in NEEDED.items() if all(map(shutil.which, programs))}
 
 
 def _writable(controller: str) -> bool:
     found = root_of(controller)
     return found is not None and os.access(found[0], os.W_OK)
-
-
-class Disk:
-    """A small file system of its own for the run, in a mount namespace that ends with this process."""
-
-    def __init__(self, place: Path, size_mb: int) -> None:
-        self._place, self._size_mb = place, size_mb
-        self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "--fork", "--kill-child=KILL", "cat"],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        self._pid = 0
-
-    def open(self) -> None:
-        deadline = time.monotonic() + DISK_LIMIT_S
-        while not (found := processes.children(self._holder.pid)):
-            if self._holder.poll() is not None or time.monotonic() > deadline:
-                raise GroundError("no mount namespace can be made here; root is needed")
-        self._pid = found[0]
-        self._place.mkdir(exist_ok=True)
-        self._mount("-t", "tmpfs", "-o", f"size={self._size_mb}m", "tmpfs", str(self._place))
-
-    @property
-    def before(self) -> list[str]:
-        """What stands before a command that shall see the disk."""
-        return ["nsenter", "-t", str(self._pid), "-m"]
-
-    @property
-    def seen_at(self) -> Path:
-        """Where this process, which is outside, finds it."""
-        return Path(f"/proc/{self._pid}/root{self._place}")
-
-    def fill(self) -> int:
-        """Leave no room; how many bytes that took."""
-        room = os.statvfs(self.seen_at)
-        nbytes = room.f_bavail * room.f_frsize
-        with open(self.seen_at / ".ballast", "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))
-        return nbytes
-
-    def free(self) -> None:
-        (self.seen_at / ".ballast").unlink(missing_ok=True)
-
-    def read_only(self, yes: bool) -> None:
-        """Refuse every write, or none. Tried again while a file is open for writing."""
-        deadline = time.monotonic() + DISK_LIMIT_S
-        while True:
-            try:
-                return self._mount("-o", f"remount,{'ro' if yes else 'rw'}", str(self._place))
-            except GroundError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-
-    def close(self) -> None:
-        """The file system goes with the last process that sees it."""
-        processes.kill([self._pid] if self._pid else [])
-        assert self._holder.stdin is not None
-        self._holder.stdin.close()
-        self._holder.wait()
-
-    def _mount(self, *arguments: str) -> None:
-        done = subprocess.run([*self.before, "mount", *arguments], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise GroundError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 class Ground:
@@ -124,10 +70,11 @@ class Ground:
         self.sockets = Path(tempfile.mkdtemp(prefix="holdfast-"))  # a socket's path must be short
         self.listener = Listener(self.sockets / "marks", began)
         self.run = folder / "run"
+        self.url = URL if scenario.store == S3 else str(self.run)
         self.names = tuple(f"n{i}" for i in range(1, scenario.nodes + 1 + len(scenario.faults)))
         self.place = Place(
             folder,
-            agent_command(scenario, str(self.run), command),
+            agent_command(scenario, self.url, command),
             self._environment(),
             self._kept(command),
             self.names,
@@ -136,13 +83,14 @@ class Ground:
         self.lives: list[Life] = []
         self.hub: Hub | None = None
         self.disk: Disk | None = None
+        self.bucket: Bucket | None = None
         self.ended = asyncio.Event()  # set whenever an agent has ended
         self.looked_for = ["processes", "shared memory"]
 
     async def open(self) -> None:
         await self.listener.open()
         if "boxes" in self.can:
-            self.hub = Hub(self.names)
+            self.hub = Hub((*self.names, NAME))
             self.hub.open()
             self.looked_for += ["namespaces", "mounts", "control groups"]
         if self.scenario.store_mb:
@@ -150,11 +98,24 @@ class Ground:
                 raise GroundError(f"{self.scenario.name} needs a disk of its own, which only root can make")
             self.disk = Disk(self.run, self.scenario.store_mb)
             self.disk.open()
+        if self.scenario.store == S3:
+            self.bucket = Bucket(self.hub, self.random.randrange(2**32))
+            await self.bucket.open()
+            self.place = replace(self.place, environment={**self.place.environment, **self.bucket.environment})
+            self.looked_for.append("multipart uploads")
 
     @property
     def store(self) -> Path:
-        """Where this process finds the run."""
+        """Where this process finds the run. GroundError if it lies in a bucket."""
+        if self.bucket is not None:
+            raise GroundError("the run lies in a bucket, whose files cannot be touched")
         return self.disk.seen_at if self.disk is not None else self.run
+
+    @contextmanager
+    def opened(self) -> Iterator[RunDirectory]:
+        """The run, for reading."""
+        with self.bucket.reached() if self.bucket is not None else nullcontext(str(self.store)) as place:
+            yield RunDirectory.open(place)
 
     async def add(self, name: str | None = None) -> Node:
         """Start a node, or a lost one anew."""
@@ -187,12 +148,16 @@ class Ground:
 
     async def close(self) -> None:
         """End and remove everything but the folder. Idempotent."""
+        if self.disk is not None:
+            await asyncio.to_thread(self.disk.thaw)  # what waits for it does not die
         done = await asyncio.gather(*(node.power_off() for node in self.nodes.values()), return_exceptions=True)
         await self.listener.close()
         for part in (self.hub, self.disk):
             if part is not None:
                 part.close()
-        self.hub = self.disk = None
+        if self.bucket is not None:
+            await self.bucket.close()
+        self.hub = self.disk = self.bucket = None
         shutil.rmtree(self.sockets, ignore_errors=True)
         for failure in done:
             if failure is not None:
@@ -216,10 +181,15 @@ class Ground:
         return {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             **TIMING,
-            "CKPT_URL": str(self.run),
+            "CKPT_URL": self.url,
             VARIABLE: str(self.listener.path),
             **self.scenario.environment,
+            **({"PYTHONPATH": _first_on_path(CLOCK_SITE, self.scenario.environment)} if self._clocks() else {}),
         }
+
+    def _clocks(self) -> bool:
+        """Whether clocks of nodes shall jump."""
+        return any(fault.kind == "clock-jump" for fault in self.scenario.faults)
 
     def _kept(self, command: Sequence[str]) -> tuple[str, ...]:
         """What must be seen though it may lie in /tmp: parents before what lies in them."""
@@ -243,6 +213,11 @@ def agent_command(scenario: Scenario, url: str, command: Sequence[str]) -> list[
     ]  # fmt: skip
 
 
+def _first_on_path(folder: Path, environment: Mapping[str, str]) -> str:
+    before = environment.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([str(folder), *([before] if before else [])])
+
+
 async def left_behind(ground: Ground, limit_s: float) -> list[str]:
     """After every agent has ended: what outlives it. Keepers are given `limit_s` to end by themselves."""
     found: list[str] = []
@@ -252,7 +227,17 @@ async def left_behind(ground: Ground, limit_s: float) -> list[str]:
         if not found:
             break
         await asyncio.sleep(0.05)
+    if ground.bucket is not None:
+        found += await asyncio.to_thread(_uploads, ground)
     return found
+
+
+def _uploads(ground: Ground) -> list[str]:
+    """Unfinished uploads that nothing removes: those below a step are removed with it."""
+    assert ground.bucket is not None
+    with ground.opened() as run:
+        kept = tuple(f"run/steps/{commit.attempt}/" for commit in run.log.read().standing())
+    return [f"an unfinished upload of {key}" for key in ground.bucket.unfinished() if not key.startswith(kept)]
 
 
 def _left(ground: Ground) -> list[str]:

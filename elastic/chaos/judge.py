@@ -133,11 +133,12 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
         why = "the number of ranks changed, and the batches with it: elastic.batches keeps them"
         return Judgement(f"each metric is the one {what}", "not judged", why)
     wrong, judged, first = [], 0, dict(evidence.reference)
+    spoilt = evidence.scenario["promise"]["not_finite"]  # on purpose: what was computed then is no measure
     for mark in evidence.named("step"):
         if mark.rank != 0 or not mark.facts.get("metrics"):
             continue
         known = first.setdefault(mark.step, mark.facts["metrics"])
-        if known is mark.facts["metrics"]:
+        if known is mark.facts["metrics"] or (spoilt and not all(map(math.isfinite, known.values()))):
             continue
         judged += 1
         if differs := [name for name, value in known.items() if not _alike(value, mark.facts["metrics"].get(name))]:
@@ -145,6 +146,21 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
             wrong.append(f"step {mark.step}: {name} {mark.facts['metrics'].get(name)}, expected {known[name]}")
     return _judged(f"each metric is the one {what}", wrong, judged, f"{judged} steps compared",
                    "no step was computed twice with a metric reported; --reference compares all")  # fmt: skip
+
+
+def each_metric_is_a_number(evidence: Evidence) -> Judgement:
+    """Or one is none, where that was promised: then it is what tells that the state is damaged."""
+    promised, judged = evidence.scenario["promise"]["not_finite"], 0
+    wrong = []
+    for mark in evidence.named("step"):
+        judged += mark.rank == 0 and bool(mark.facts.get("metrics"))
+        wrong += [f"step {mark.step}: {name} is {value}" for name, value in (mark.facts.get("metrics") or {}).items()
+                  if mark.rank == 0 and not math.isfinite(value)]  # fmt: skip
+    if promised:
+        name = "the metrics say that the state is damaged"
+        missing = [] if wrong or not judged else ["every metric was a finite number"]
+        return _judged(name, missing, judged, wrong[0] if wrong else "", "no metric was reported")
+    return _judged("each metric is a finite number", wrong[:3], judged, f"{judged} steps", "no metric was reported")
 
 
 def each_sample_exactly_once(evidence: Evidence) -> Judgement:
@@ -192,6 +208,7 @@ ORACLES: tuple[Callable[[Evidence], Judgement], ...] = (
     saves_lost_as_promised,
     recovered_in_time,
     losses_are_the_undisturbed_ones,
+    each_metric_is_a_number,
     each_sample_exactly_once,
     nothing_is_left,
 )

@@ -26,6 +26,7 @@ from elastic.chaos.cgroups import Cgroup, GroundError
 from elastic.chaos.evidence import Life
 from elastic.chaos.listen import NODE_VARIABLE
 
+CLOCK_VARIABLE = "HOLDFAST_CHAOS_CLOCK"
 NETWORK = "10.231.77"
 TMPFS_MB = 4096
 WORDS = 4  # lines of a log that are shown
@@ -50,6 +51,7 @@ class Node(ABC):
     def __init__(self, name: str, place: Place, life: Life, on_end: Callable[[], None]) -> None:
         self.name, self.place, self.life, self._on_end = name, place, life, on_end
         self.log = place.folder / f"{name}.log"
+        self.clock = place.folder / f"{name}.clock"  # by how many seconds its wall clock is off
 
     @abstractmethod
     async def start(self) -> None:
@@ -95,7 +97,7 @@ class Node(ABC):
         return [pid for pid in self.processes() if processes.is_keeper(pid)]
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self.place.environment, NODE_VARIABLE: self.name}
+        return {**os.environ, **self.place.environment, NODE_VARIABLE: self.name, CLOCK_VARIABLE: str(self.clock)}
 
 
 def _is_worker(pid: int) -> bool:

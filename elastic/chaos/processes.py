@@ -61,6 +61,13 @@ def lives(pid: int) -> bool:
     return state(pid) not in ("", "Z", "X")
 
 
+def is_traced(pid: int) -> bool:
+    """Whether another process traces it, as strace does."""
+    with contextlib.suppress(OSError):
+        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
 def kill(pids: Iterable[int], number: int = signal.SIGKILL) -> list[int]:
     """Send a signal; whom it reached."""
     reached = []

@@ -21,6 +21,7 @@ TIMING = {
     "CKPT_KEEPER_GRACE_S": "30",
 }
 """What every scenario sets in the environment of its agents, unless it says otherwise: minutes become seconds."""
+STORES = ("directory", S3 := "s3")
 MEAN_GAP_S = 15.0
 DRAWN_NODES = 3
 
@@ -67,13 +68,15 @@ class Promise:
     saves_lost: int = 2
     recovery_s: float = 60.0
     damage: bool = False  # stored bytes are damaged on purpose: to be found, and not restored
+    not_finite: bool = False  # the state becomes NaN on purpose: the metrics must say so
 
 
 @dataclass(frozen=True)
 class Scenario:
     """A run and what befalls it. `nodes` are started, `minimum` to `maximum` of them work together.
 
-    `store_mb`: size of the disk that the run lies on, where it must have one of its own; 0: the machine's.
+    `store`: "directory", or "s3": a bucket on a server of its own. `store_mb`: size of the disk
+    that the run lies on, where it must have one of its own; 0: the machine's.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Scenario:
     maximum: int = 3
     workers: int = 1
     limit_s: float = 180.0
+    store: str = "directory"
     store_mb: int = 0
     promise: Promise = field(default_factory=Promise)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -108,6 +112,8 @@ def parse(text: str, name: str) -> Scenario:
         )
     except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise Incompatible(f"scenario {name}: {error}. `elastic chaos --list` shows what there is") from error
+    if found.store not in STORES or (found.store == S3 and found.store_mb):
+        raise Incompatible(f'scenario {name}: store is "directory" or "s3", and store_mb is for a directory')
     if not 1 <= found.minimum <= found.maximum or found.nodes < found.minimum:
         raise Incompatible(f"scenario {name}: 1 <= minimum <= maximum and minimum <= nodes does not hold")
     return found

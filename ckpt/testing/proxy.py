@@ -32,18 +32,23 @@ class Proxy:
         parsed = urlsplit(server)
         self._server = parsed.hostname or "", parsed.port or 80
         self._random, self._rate, self._faults = random.Random(seed), rate, faults
-        self.failing = True
+        self.failing = True  # may be changed at any time
         self.met: Counter[str] = Counter()
         self.url = ""
 
+    def fail(self, rate: float, faults: Sequence[str]) -> None:
+        """From now on such a share of the requests meets one of `faults`."""
+        self._rate, self._faults = rate, faults
+
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 20)
+        server = await asyncio.start_server(self.connection, "127.0.0.1", 0, limit=1 << 20)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready.set()
         await stop.wait()
         server.close()
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end: for `asyncio.start_server`."""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self._request(reader, writer):
                 pass

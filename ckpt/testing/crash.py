@@ -192,11 +192,15 @@ class Disk:
             kept = {id(directory): [i in chosen.get(id(directory), ()) for i in range(len(directory.pending))]
                     for directory in uncertain}  # fmt: skip
             for fate in ("old", "new", "zero", *("torn",) * torn):
-                yield _tree(
-                    self.root,
-                    lambda directory, kept=kept: _names(directory, kept.get(id(directory), [])),
-                    lambda file, fate=fate: _content(file, fate, draw),
-                )
+                yield _tree(self.root, _names_of(kept), _contents_of(fate, draw))
+
+
+def _names_of(kept: dict[int, list[bool]]) -> Callable[[Directory], dict[str, File | Directory]]:
+    return lambda directory: _names(directory, kept.get(id(directory), []))
+
+
+def _contents_of(fate: str, draw: random.Random) -> Callable[[File], bytes]:
+    return lambda file: _content(file, fate, draw)
 
 
 def _uncertain(directory: Directory) -> Iterator[Directory]:

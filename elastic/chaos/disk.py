@@ -1,0 +1,111 @@
+"""A file system of its own for a run: a real one, that can be full, refuse writes, or stand still."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from elastic.chaos import processes
+from elastic.chaos.cgroups import GroundError
+
+LIMIT_S = 20.0
+
+
+class Disk:
+    """An ext4 in an image file beside `place`, mounted there in a mount namespace that ends with this process."""
+
+    def __init__(self, place: Path, size_mb: int) -> None:
+        self._place, self._size_mb = place, size_mb
+        self._holder = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "--fork", "--kill-child=KILL", "cat"],
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        self._pid = 0
+        self._freezer: subprocess.Popen[bytes] | None = None
+
+    def open(self) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not (found := processes.children(self._holder.pid)):
+            if self._holder.poll() is not None or time.monotonic() > deadline:
+                raise GroundError("no mount namespace can be made here; root is needed")
+        self._pid = found[0]
+        self._place.mkdir(exist_ok=True)
+        image = self._place.with_suffix(".image")
+        with open(image, "wb") as file:
+            file.truncate(self._size_mb << 20)
+        self._run("mkfs.ext4", "-q", "-F", "-m", "0", str(image))
+        self._run("mount", "-o", "loop", str(image), str(self._place))
+        image.unlink()  # it goes with the mount, and that with the namespace
+        (self.seen_at / "lost+found").rmdir()
+
+    @property
+    def before(self) -> list[str]:
+        """What stands before a command that shall see the disk."""
+        return ["nsenter", "-t", str(self._pid), "-m"]
+
+    @property
+    def seen_at(self) -> Path:
+        """Where this process, which is outside, finds it."""
+        return Path(f"/proc/{self._pid}/root{self._place}")
+
+    def fill(self) -> int:
+        """Leave no room; how many bytes that took."""
+        taken, piece = 0, 1 << 30
+        with open(self.seen_at / ".ballast", "wb") as file:
+            while piece:
+                try:
+                    os.posix_fallocate(file.fileno(), taken, piece)
+                    taken += piece
+                except OSError:
+                    piece //= 2
+        return taken
+
+    def free(self) -> None:
+        (self.seen_at / ".ballast").unlink(missing_ok=True)
+
+    def read_only(self, yes: bool) -> None:
+        """Refuse every write, or none. Tried again while a file is open for writing."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            try:
+                return self._run("mount", "-o", f"remount,{'ro' if yes else 'rw'}", str(self._place))
+            except GroundError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+    def freeze(self) -> None:
+        """Have every write wait in the kernel until `thaw`, or until this process has ended: no signal ends a wait."""
+        command = 'fsfreeze -f "$0" && echo frozen && cat && fsfreeze -u "$0"'
+        self._freezer = subprocess.Popen(
+            [*self.before, "sh", "-c", command, str(self._place)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert self._freezer.stdout is not None
+        if self._freezer.stdout.readline() != b"frozen\n":
+            self.thaw()
+            raise GroundError(f"the file system at {self._place} could not be frozen")
+
+    def thaw(self) -> None:
+        """Idempotent."""
+        if self._freezer is not None:
+            self._freezer.communicate(timeout=LIMIT_S)
+            self._freezer = None
+
+    def close(self) -> None:
+        """The file system goes with the last process that sees it."""
+        self.thaw()
+        processes.kill([self._pid] if self._pid else [])
+        assert self._holder.stdin is not None
+        self._holder.stdin.close()
+        self._holder.wait()
+        with contextlib.suppress(OSError):
+            self._place.with_suffix(".image").unlink(missing_ok=True)
+
+    def _run(self, *command: str) -> None:
+        done = subprocess.run([*self.before, *command], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        if done.returncode:
+            raise GroundError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -559,7 +559,8 @@ def test_a_run_survives_a_killed_worker_and_a_lost_node(chaos: Chaos) -> None:
     assert report["ground"] == ("namespaces" if "boxes" in CAN else "processes")
 
 
-LONGER = {"node-gain": "800", **dict.fromkeys(("clock-jump", "store-errors", "store-stall", "store-away"), "400")}
+LONG = ("clock-jump", "freeze-thaw", "store-errors", "store-stall", "store-away")
+LONGER = {"node-gain": "800", **dict.fromkeys(LONG, "400")}
 """Steps where what is injected takes longer: an agent takes seconds to come."""
 
 
@@ -567,6 +568,16 @@ LONGER = {"node-gain": "800", **dict.fromkeys(("clock-jump", "store-errors", "st
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_scenario_is_survived(chaos: Chaos, name: str) -> None:
     chaos(patient(name), [SCRIPT, LONGER.get(name, "40")])
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [("agent-kill", 4), ("node-loss", 4), ("one-way-loss", 4), ("leader-loss", 5), ("two-nodes", 5), ("link-cut", 5),
+     ("freeze-thaw", 4), ("during-recovery", 5), ("maintenance", 5), ("spare-takes-over", 5), ("worker-then-node", 6)],
+)  # fmt: skip
+def test_larger_jobs_survive(chaos: Chaos, name: str, nodes: int) -> None:
+    assert chaos(patient(name), [SCRIPT, LONGER.get(name, "60")], nodes=nodes)["figures"]["generations"] >= 2
 
 
 @pytest.mark.prove

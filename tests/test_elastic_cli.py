@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from keepers import until
+from test_objects import bucket
 
+from ckpt.errors import NotFound
 from ckpt.log import View, decide_start
 from ckpt.run import RunDirectory
 from elastic.cli import torchrun_arguments
@@ -154,6 +158,49 @@ def test_a_job_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> Non
     code, said = end_of(elastic(tmp_path, "run", "--nodes", "5:7", "run", "--", "x.py", ELASTIC_UNIT="4"))
     assert code == 13, said
     assert "multiple of 4" in said
+
+
+def test_a_job_that_is_submitted_twice_or_is_another_one_does_not_merge(tmp_path: Path) -> None:
+    text = "import os, time, pathlib\nwhile not pathlib.Path('enough').exists(): time.sleep(0.05)"
+    mine = script(tmp_path, text)
+    (other := tmp_path / "other.py").write_text(text)
+
+    def submit(run_id: str, command: str) -> subprocess.Popen[str]:
+        arguments = ("run", "--nodes", "1:4", "--run-id", run_id, "run", "--", command)
+        return elastic(tmp_path, *arguments, ELASTIC_JOIN_WINDOW_S="0")
+
+    first = submit("mine", mine)
+
+    def began() -> bool:
+        with contextlib.suppress(NotFound):
+            return bool(status(str(tmp_path / "run"), watch_s=0)["generation"])
+        return False
+
+    try:
+        until("the first one works", began)
+        for run_id, command, differs in (
+            ("other", mine, "'other' instead of 'mine'"),
+            ("mine", str(other), ": command"),
+        ):
+            code, said = end_of(submit(run_id, command))
+            assert code == 11, said
+            assert "belongs to another job" in said
+            assert differs in said
+        assert status(str(tmp_path / "run"), watch_s=0)["generation"] == 1, "the first one was not disturbed"
+    finally:
+        (tmp_path / "enough").touch()
+    code, said = end_of(first)
+    assert code == 0, said
+
+
+def test_a_store_on_which_two_could_lead_is_refused_as_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with servers.rclone() as endpoint:
+        url = f"{bucket(monkeypatch, endpoint)}/run"
+        code, said = end_of(elastic(tmp_path, "run", url, "--", script(tmp_path, "")))
+    assert code == 13, said
+    assert "two leaders could not be kept" in said
 
 
 def test_what_stands_after_the_url_goes_to_torchrun() -> None:

@@ -54,6 +54,7 @@ bench: $(PEERS) servers
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/step_call.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/chaos_stock.py
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[bench]'

@@ -39,7 +39,7 @@ from elastic.chaos.scenario import Planned, Scenario
 from elastic.cli import cli
 
 TESTS = Path(__file__).parent
-SCRIPT, TRAINER = str(TESTS / "chaos_script.py"), str(TESTS / "chaos_trainer.py")
+SCRIPT, EXAMPLE = str(TESTS / "chaos_script.py"), str(TESTS / "chaos_example.py")
 
 boxed = pytest.mark.skipif("boxes" not in CAN, reason="needs root for namespaces")
 
@@ -582,11 +582,12 @@ def test_larger_jobs_survive(chaos: Chaos, name: str, nodes: int) -> None:
 
 @pytest.mark.prove
 @pytest.mark.parametrize("name", ["worker-kill", "agent-kill", "leader-loss", "node-loss", "link-cut", "two-nodes"])
-def test_the_trainer_survives(chaos: Chaos, name: str) -> None:
-    """The example as it stands: its callback tells of steps, saves and restores, since it goes by `steps`."""
+@pytest.mark.parametrize(("example", "steps"), [("transformers", "160"), ("plain", "1500")])
+def test_examples_survive(chaos: Chaos, example: str, steps: str, name: str) -> None:
+    """The Trainer's, and the loop in the style of nanoGPT, as they stand: each is its original but for 4 lines."""
     scenario = patient(name)
     late = [replace(one, trigger=replace(one.trigger, step=one.trigger.step and 30)) for one in scenario.faults]
-    report = chaos(replace(scenario, faults=tuple(late)), [TRAINER, "160"])  # it saves every 20 steps
+    report = chaos(replace(scenario, faults=tuple(late)), [EXAMPLE, example, steps])  # they save every 20 steps
     assert "restores of" in report["oracles"][2]["evidence"]
 
 

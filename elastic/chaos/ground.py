@@ -28,9 +28,10 @@ from elastic.chaos.disk import Disk
 from elastic.chaos.evidence import Life
 from elastic.chaos.listen import Listener
 from elastic.chaos.nodes import Boxed, Hub, Node, Place, Plain
-from elastic.chaos.scenario import S3, TIMING, Scenario
+from elastic.chaos.scenario import S3, TIMING, TORCHRUN, Scenario
 
 CONTROLLERS = ("freezer", "memory", "cpu")
+TORCHRUN_PORT = 29400
 CLOCK_SITE = Path(__file__).with_name("clock_site")
 NEEDED = {"disk": ("mkfs.ext4", "fsfreeze"), "tc": ("tc",), "strace": ("strace",)}  # programs, by ability
 
@@ -74,7 +75,7 @@ class Ground:
         self.names = tuple(f"n{i}" for i in range(1, scenario.nodes + 1 + len(scenario.faults)))
         self.place = Place(
             folder,
-            agent_command(scenario, self.url, command),
+            agent_command(scenario, self.url, self.names[0] if "boxes" in can else "127.0.0.1", command),
             self._environment(),
             self._kept(command),
             self.names,
@@ -201,12 +202,18 @@ class Ground:
         return tuple(str(path) for path in sorted(set(paths)))
 
 
-def agent_command(scenario: Scenario, url: str, command: Sequence[str]) -> list[str]:
-    """What a node runs: `elastic run`, with the user's command as its workers."""
+def agent_command(scenario: Scenario, url: str, host: str, command: Sequence[str]) -> list[str]:
+    """What a node runs: the launcher, with the user's command as its workers. The store of torchrun is on `host`."""
     words = list(command[1:] if list(command[:1]) == ["--"] else command)
     if words and os.path.basename(words[0]) in ("python", "python3"):
         words = words[1:]  # the launcher adds its own
     nodes = f"{scenario.minimum}:{scenario.maximum}"
+    if scenario.launcher == TORCHRUN:
+        return [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(scenario.workers),
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{TORCHRUN_PORT}", "--rdzv-id", "chaos",
+            "--max-restarts", "1000", *words,
+        ]  # fmt: skip
     return [
         sys.executable, "-m", "elastic.cli", "run", "--nodes", nodes, "--workers", str(scenario.workers), url,
         "--", *words,

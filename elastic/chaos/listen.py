@@ -34,7 +34,7 @@ class Listener:
     def __init__(self, path: Path, began: float) -> None:
         self.path, self._began = path, began
         self.marks: list[Mark] = []
-        self.generation = 0  # the newest that an agent works in
+        self.generation = 0  # the newest in which an agent works, or a rank has made a step
         self.leader = ""  # the node whose agent leads it
         self.last_step = 0  # the highest that a rank has completed
         self._holds: list[Hold] = []
@@ -95,6 +95,7 @@ class Listener:
         self.marks.append(mark)
         if mark.name == "step":
             self.last_step = max(self.last_step, mark.step)
+            self.generation = max(self.generation, mark.generation)
         if mark.name == "join" and mark.generation >= self.generation:
             self.generation = mark.generation
             self.leader = mark.node if mark.facts["leads"] else self.leader

@@ -42,7 +42,7 @@ def figures(evidence: Evidence) -> dict[str, Any]:
         "goodput": round(totals["productive"] / evidence.seconds, 4) if evidence.seconds else 0.0,
         "split_s": {kind: round(value, 2) for kind, value in totals.items()},
         "faults": len(evidence.faults),
-        "generations": len({mark.generation for mark in evidence.named("join")}),
+        "generations": len({mark.generation for mark in evidence.named("join", "step")}),
         "steps": len(steps),
         "steps_computed_again": made - len(steps),
         "median_recovery_s": round(recoveries[len(recoveries) // 2], 2) if recoveries else None,

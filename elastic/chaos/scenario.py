@@ -21,6 +21,7 @@ TIMING = {
     "CKPT_KEEPER_GRACE_S": "30",
 }
 """What every scenario sets in the environment of its agents, unless it says otherwise: minutes become seconds."""
+LAUNCHERS = ("elastic", TORCHRUN := "torchrun")
 STORES = ("directory", S3 := "s3")
 MEAN_GAP_S = 15.0
 DRAWN_NODES = 3
@@ -75,6 +76,7 @@ class Promise:
 class Scenario:
     """A run and what befalls it. `nodes` are started, `minimum` to `maximum` of them work together.
 
+    `launcher`: "elastic", or "torchrun" for stock torchrun, with its rendezvous on the first node, to compare.
     `store`: "directory", or "s3": a bucket on a server of its own. `store_mb`: size of the disk
     that the run lies on, where it must have one of its own; 0: the machine's.
     """
@@ -87,6 +89,7 @@ class Scenario:
     maximum: int = 3
     workers: int = 1
     limit_s: float = 180.0
+    launcher: str = "elastic"
     store: str = "directory"
     store_mb: int = 0
     promise: Promise = field(default_factory=Promise)
@@ -114,6 +117,8 @@ def parse(text: str, name: str) -> Scenario:
         raise Incompatible(f"scenario {name}: {error}. `elastic chaos --list` shows what there is") from error
     if found.store not in STORES or (found.store == S3 and found.store_mb):
         raise Incompatible(f'scenario {name}: store is "directory" or "s3", and store_mb is for a directory')
+    if found.launcher not in LAUNCHERS:
+        raise Incompatible(f'scenario {name}: launcher is "elastic" or "torchrun"')
     if not 1 <= found.minimum <= found.maximum or found.nodes < found.minimum:
         raise Incompatible(f"scenario {name}: 1 <= minimum <= maximum and minimum <= nodes does not hold")
     return found

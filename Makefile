@@ -9,6 +9,7 @@ SERVERS := $(VENV)/servers/.installed
 
 STATES := 12000
 STORE_SEEDS := 500
+CHAOS_SEEDS := 100
 
 .PHONY: install servers lint test prove bench demo clean
 
@@ -36,9 +37,9 @@ $(SERVERS): $(STAMP) tests/install_servers.sh
 test: install servers
 	$(BIN)/python -m pytest -q
 
-# STATES: images after power cuts; STORE_SEEDS: runs through a faulty object store.
+# STATES: images after power cuts; STORE_SEEDS: runs through a faulty object store; CHAOS_SEEDS: of random faults.
 prove: install servers $(FUZZER)
-	HOLDFAST_CRASH_IMAGES=$(STATES) HOLDFAST_STORE_SEEDS=$(STORE_SEEDS) $(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
+	HOLDFAST_CRASH_IMAGES=$(STATES) HOLDFAST_STORE_SEEDS=$(STORE_SEEDS) HOLDFAST_CHAOS_SEEDS=$(CHAOS_SEEDS) $(BIN)/python -m pytest -q -m prove --override-ini addopts='-ra --strict-markers --timeout=3600'
 
 $(FUZZER): $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[prove]'

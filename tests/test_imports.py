@@ -174,6 +174,7 @@ ORDER = [
     "elastic.chaos.live",
     "elastic.chaos.store_faults",
     "elastic.chaos.faults",
+    "elastic.chaos.watch",
     "elastic.chaos.conduct",
     "elastic.chaos.command",
     "elastic.chaos.fixture",

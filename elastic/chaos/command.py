@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from random import Random
@@ -17,13 +17,14 @@ import click
 
 from ckpt.console import Json, columns, output, say
 from ckpt.errors import Incompatible, NotFound
-from elastic.chaos.conduct import conduct
+from elastic.chaos.conduct import Look, Tell, conduct
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.ground import abilities
 from elastic.chaos.judge import judge
 from elastic.chaos.report import document, page
 from elastic.chaos.scenario import S3, Scenario, draw, parse
 from elastic.chaos.trace import recorded, replay
+from elastic.chaos.watch import Screen
 
 EXIT_TERMINATED = 143
 RANDOM, REPLAY = "random", "replay"
@@ -128,7 +129,10 @@ def run(
         if here.is_dir() and any(here.iterdir()):
             raise Incompatible(f"{here} is not empty, and a run in it would go on where another one ended: remove it")
         try:
-            found.append(execute(scenario, command, here, seed=seed, can=can, reference=reference, tell=_tell))
+            with Screen() as screen:
+                done = execute(scenario, command, here, seed=seed, can=can, reference=reference,
+                               tell=screen.tell, look=screen.look)  # fmt: skip
+            found.append(done)
         except asyncio.CancelledError:
             return EXIT_TERMINATED
     if len(seeds) > 1:
@@ -150,10 +154,10 @@ def checked(scenario: Scenario, nodes: int | None, can: frozenset[str]) -> Scena
 
 def execute(
     scenario: Scenario, command: Sequence[str], folder: Path, *, seed: int, can: frozenset[str],
-    reference: bool = False, tell: Callable[[str], None] = lambda text: None,
+    reference: bool = False, tell: Tell = lambda text: None, look: Look = lambda glance: None,
 ) -> Json:  # fmt: skip
     """Run the scenario once, judge it, and write report.json and report.html into `folder`; the report."""
-    evidence = conduct(scenario, command, folder, seed=seed, can=can, reference=reference, tell=tell)
+    evidence = conduct(scenario, command, folder, seed=seed, can=can, reference=reference, tell=tell, look=look)
     judgements = judge(evidence)
     found = document(evidence, judgements)
     style = files("elastic.chaos").joinpath("report.css").read_text()
@@ -188,10 +192,6 @@ def _print_summary(found: Json) -> None:
     say(table)
     say(f"{found['steps_computed_again']} of {found['steps']} steps computed again; "
         f"recovery {found['median_recovery_s']} s in the median, {found['worst_recovery_s']} s at worst")  # fmt: skip
-
-
-def _tell(text: str) -> None:
-    click.echo(text, err=True)
 
 
 def _print(found: dict[str, Any]) -> None:

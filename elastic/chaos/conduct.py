@@ -20,11 +20,14 @@ from elastic.chaos.ground import Ground, left_behind, outlived
 from elastic.chaos.listen import Hold
 from elastic.chaos.nodes import Node
 from elastic.chaos.scenario import Planned, Scenario
+from elastic.chaos.watch import Glance
 
 SAVE_MARKS = ("save", "copy", "saved", "seal", "part", "manifest", "record", "commit")
 LEFT_LIMIT_S = 45.0  # longer than keepers wait for workers that were lost
 PICK_LIMIT_S = 30.0
+LOOK_S = 0.25
 Tell = Callable[[str], None]
+Look = Callable[[Glance], None]
 
 
 def conduct(
@@ -36,18 +39,19 @@ def conduct(
     can: frozenset[str],
     reference: bool = False,
     tell: Tell = lambda text: None,
+    look: Look = lambda glance: None,
 ) -> Evidence:
     """Run `command` through `scenario` below `folder`, which is new; blocking. GroundError if nodes cannot be made.
 
     At SIGINT and SIGTERM everything is removed first. `reference`: run it undisturbed before, for the metrics that it
-    would have reported.
+    would have reported. `tell` hears what happens, `look` sees how it is, a few times a second.
     """
     undisturbed = None
     if reference:
         tell("undisturbed first, for comparison")
         calm = replace(scenario, faults=(), store="directory", store_mb=0)
-        undisturbed = asyncio.run(_Conductor(calm, command, folder / "reference", seed, can, tell).run())
-    evidence = asyncio.run(_Conductor(scenario, command, folder, seed, can, tell).run())
+        undisturbed = asyncio.run(_Conductor(calm, command, folder / "reference", seed, can, tell, look).run())
+    evidence = asyncio.run(_Conductor(scenario, command, folder, seed, can, tell, look).run())
     if undisturbed is not None:
         evidence.reference = {mark.step: mark.facts["metrics"] for mark in metrics_of(undisturbed)}
     return evidence
@@ -60,9 +64,11 @@ def metrics_of(evidence: Evidence) -> list[Mark]:
 
 class _Conductor:
     def __init__(
-        self, scenario: Scenario, command: Sequence[str], folder: Path, seed: int, can: frozenset[str], tell: Tell
-    ) -> None:
-        self._scenario, self._can, self._tell = scenario, can, tell
+        self, scenario: Scenario, command: Sequence[str], folder: Path, seed: int, can: frozenset[str], tell: Tell,
+        look: Look,
+    ) -> None:  # fmt: skip
+        self._scenario, self._can, self._tell, self._look = scenario, can, tell, look
+        self._awaits = "the nodes"
         folder.mkdir(parents=True, exist_ok=True)
         self._ground = Ground(scenario, folder.resolve(), command, can, seed, time.monotonic())
         self._listener = self._ground.listener
@@ -73,6 +79,7 @@ class _Conductor:
     async def run(self) -> Evidence:
         ground, evidence = self._ground, self._evidence
         directing: asyncio.Task[None] | None = None
+        watching = asyncio.create_task(self._watch())
         this = asyncio.current_task()
         assert this is not None
         with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: then nobody asks
@@ -92,6 +99,7 @@ class _Conductor:
             evidence.timed_out, evidence.seconds = True, ground.now()
             self._tell(f"not over within {self._scenario.limit_s:g} s")
         finally:
+            watching.cancel()
             if directing is not None:
                 directing.cancel()
             for task in self._healing:
@@ -103,6 +111,16 @@ class _Conductor:
         evidence.left += outlived(ground)
         evidence.looked_for = ground.looked_for
         return evidence
+
+    async def _watch(self) -> None:
+        while True:
+            self._look(self._glance())
+            await asyncio.sleep(LOOK_S)
+
+    def _glance(self) -> Glance:
+        listener = self._listener
+        nodes = tuple((name, node.state, listener.steps.get(name, 0)) for name, node in self._ground.nodes.items())
+        return Glance(self._ground.now(), listener.last_step, listener.generation, listener.leader, self._awaits, nodes)
 
     async def _ended(self, directing: asyncio.Task[None]) -> None:
         """Every agent has ended, and no fault is on its way that would start another."""
@@ -137,6 +155,7 @@ class _Conductor:
             while planned:
                 if before is not None and not planned[0].during_recovery:
                     await self._recovered(before)
+                self._awaits = f"the instant of {planned[0].kind}"
                 try:
                     before = await self._act(planned[0])
                 except GroundError as error:
@@ -208,6 +227,7 @@ class _Conductor:
 
     async def _recovered(self, injection: Injection) -> None:
         """Wait for the first step that only a run which has recovered can make."""
+        self._awaits = f"a step after {injection.kind}"
         found: list[Mark] = []
 
         def seen() -> bool:
@@ -224,4 +244,5 @@ class _Conductor:
         await self._listener.until(seen)
         for one in self._evidence.faults:  # those during whose recovery this one came, too
             one.recovered_at = one.recovered_at or found[0].at
+        self._awaits = "the end"
         self._tell(f"{found[0].at:6.1f} s  step {found[0].step}, in generation {found[0].generation}")

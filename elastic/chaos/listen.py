@@ -37,6 +37,7 @@ class Listener:
         self.generation = 0  # the newest in which an agent works, or a rank has made a step
         self.leader = ""  # the node whose agent leads it
         self.last_step = 0  # the highest that a rank has completed
+        self.steps: dict[str, int] = {}  # by node, the last one
         self._holds: list[Hold] = []
         self._fails: list[Callable[[Mark], bool]] = []
         self._heard = asyncio.Event()
@@ -95,6 +96,7 @@ class Listener:
         self.marks.append(mark)
         if mark.name == "step":
             self.last_step = max(self.last_step, mark.step)
+            self.steps[mark.node] = mark.step
             self.generation = max(self.generation, mark.generation)
         if mark.name == "join" and mark.generation >= self.generation:
             self.generation = mark.generation

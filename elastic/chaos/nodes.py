@@ -79,6 +79,13 @@ class Node(ABC):
         """Whether its agent has not ended yet."""
         return self.life.ended is None
 
+    @property
+    def state(self) -> str:
+        """What it does, for a person."""
+        if self.life.taken:
+            return self.life.taken
+        return "works" if self.runs else f"ended with {self.life.code}"
+
     def workers(self) -> list[int]:
         """The processes that train, by local rank; those that ended are not among them."""
         agent = self.agent()

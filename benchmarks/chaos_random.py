@@ -68,7 +68,7 @@ def told(found: Json, first: int) -> str:
             f"- {found['passed']} of {found['runs']} runs (seeds {first} to {last}) passed every oracle{failed}.",
             f"- {sum(faults.values())} faults: {kinds}.",
             f"- {found['steps_computed_again']} of {found['steps']} steps were computed again.",
-            f"- From a fault to the next step that only a recovered run can make: {found['median_recovery_s']} s in the",
+            f"- From a fault to the next step that only a recovered run makes: {found['median_recovery_s']} s in the",
             f"  median, {found['worst_recovery_s']} s at worst, on a machine that did other work, too.",
         ]
     )

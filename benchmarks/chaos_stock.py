@@ -26,7 +26,7 @@ from elastic.chaos.scenario import Scenario
 JOB = Path(__file__).with_name("chaos_job.py")
 SCENARIOS = ("worker-kill", "worker-error", "hang", "during-recovery", "agent-kill", "leader-loss", "node-loss")
 LAUNCHERS = {"elastic": "elastic + ckpt", "torchrun": "stock torchrun + DCP"}
-NODES, STEPS, LIMIT_S = 2, 60, 150.0
+NODES, STEPS, LIMIT_S = 2, 60, 200.0
 
 
 def scenario_of(name: str, launcher: str) -> Scenario:

@@ -141,12 +141,7 @@ class Agent(Leading):
 
     def hello(self, said: Hello) -> Welcome | Refused:
         """The answer to a node that wants to know whether to follow us."""
-        if said.job != self.job:
-            differ = ", ".join(
-                f"{name} {getattr(said.job, name)!r} instead of {getattr(self.job, name)!r}"
-                for name in self.job.__struct_fields__
-                if getattr(said.job, name) != getattr(self.job, name)
-            )
+        if differ := self.job.differs(said.job):
             works = self.leads or self.upstream is not None or self.membership is not None
             return Refused(f"it belongs to another job than {self.me.name} ({self.me.node}): {differ}", works)
         follows = self._known(self.upstream) if self.upstream is not None else None

@@ -31,6 +31,16 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     limits: str
     version: str
 
+    def differs(self, other: Job) -> str:
+        """How `other` differs, in words; empty if it does not. (A command is a digest here, which tells nobody.)"""
+        found = []
+        for name in self.__struct_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append("another script, or other arguments" if name == "command" else
+                             f"{name.replace('_', ' ')} {theirs!r} instead of {mine!r}")  # fmt: skip
+        return ", ".join(found)
+
 
 class Hello(_Message, frozen=True):
     me: Member

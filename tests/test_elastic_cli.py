@@ -180,7 +180,7 @@ def test_a_job_that_is_submitted_twice_or_is_another_one_does_not_merge(tmp_path
         until("the first one works", began)
         for run_id, command, differs in (
             ("other", mine, "'other' instead of 'mine'"),
-            ("mine", str(other), ": command"),
+            ("mine", str(other), "another script, or other arguments"),
         ):
             code, said = end_of(submit(run_id, command))
             assert code == 11, said

@@ -3,7 +3,7 @@
     chaos_job.py elastic|stock STEPS
 
 `stock` saves as its user would: DCP into a directory of the step's own, then a file that names it, made by a rename. It
-makes the marks that a report is made of itself: a restart of torchrun's agents is its generation.
+makes the marks that a report is made of itself: the time of a start is its generation.
 """
 
 import os
@@ -55,10 +55,11 @@ def train_stock(
     folder, step = Path(os.environ["CKPT_URL"]), 0
     folder.mkdir(exist_ok=True)
     rank, world = dist.get_rank(), dist.get_world_size()
-    generation = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
+    began = [int(time.time() * 10) % 10**9]
+    dist.broadcast_object_list(began)  # torchrun's count of restarts does not grow when nodes come and go
 
     def tell(name: str, step: int) -> None:
-        point(name, step=step, rank=rank, world=world, generation=generation, attempt=str(step))
+        point(name, step=step, rank=rank, world=world, generation=began[0], attempt=str(step))
 
     newest = folder / "newest"
     if newest.exists():

@@ -49,7 +49,7 @@ def one(name: str, launcher: str, folder: Path, seed: int) -> dict[str, Any]:
     verdicts = {found["oracle"].split(" was not")[0]: found["verdict"] for found in report["oracles"]}
     ended = next(found for found in report["oracles"] if found["oracle"].startswith("every agent that was not"))
     lost = verdicts["no committed step was lost"]
-    survived = ended["verdict"] == "green" and lost != "red" and not report["missed"]
+    survived = ended["verdict"] == "green" and lost == "green" and not report["missed"]
     return {"survived": survived, "recovery_s": report["figures"]["worst_recovery_s"], "ended": ended["evidence"]}
 
 

@@ -20,6 +20,7 @@ from elastic.chaos.command import needs, shipped
 from elastic.chaos.evidence import Evidence, Injection, Life, Mark
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.judge import (
+    damage_of_the_live_state_was_noticed,
     each_metric_is_a_number,
     each_sample_exactly_once,
     judge,
@@ -29,6 +30,7 @@ from elastic.chaos.judge import (
     nothing_is_left,
     passed,
     recovered_in_time,
+    saves_go_on_after_faults_of_the_store,
     saves_lost_as_promised,
     the_faults_happened,
     the_job_ended_right,
@@ -143,18 +145,56 @@ def test_a_loss_that_differs_the_second_time_is_red_and_so_is_one_of_the_undistu
     assert losses_are_the_undisturbed_ones(replace(good(), reference={2: {"loss": 2.0}})).verdict == "green"
 
 
-def test_a_metric_that_is_no_number_is_red_unless_it_was_promised() -> None:
-    spoilt = good()
-    spoilt.marks = [
-        replace(mark, facts={**mark.facts, "metrics": {"loss": float("nan")}})
-        if mark.name == "step" and mark.step == 2
-        else mark
-        for mark in spoilt.marks
+def spoilt(value: float) -> Evidence:
+    """A bit flipped after step 2; what step 3 then reported was `value`."""
+    found = changed(good(), "step", 1, 0, step=3, metrics={"loss": value})
+    found.marks = [
+        replace(one, facts={**one.facts, "step": 2, "metrics": {"loss": 2.0}}) if one.at == 5.0 else one
+        for one in found.marks
     ]
-    assert each_metric_is_a_number(spoilt).verdict == "red"
-    scenario = {**spoilt.scenario, "promise": {**spoilt.scenario["promise"], "not_finite": True}}
-    assert each_metric_is_a_number(replace(spoilt, scenario=scenario)).verdict == "green"
-    assert each_metric_is_a_number(replace(good(), scenario=scenario)).verdict == "red", "it was not noticed"
+    found.marks = [
+        replace(one, facts={**one.facts, "step": 3, "metrics": {"loss": value}}) if one.at == 6.0 else one
+        for one in found.marks
+    ]
+    found.faults = [replace(found.faults[0], kind="live-bit-flip", at=5.5)]
+    found.scenario = {**found.scenario, "promise": {**found.scenario["promise"], "spoilt": True}}
+    return found
+
+
+def test_a_metric_that_is_no_number_is_red_unless_the_state_was_spoilt_on_purpose() -> None:
+    by_accident = spoilt(float("nan"))
+    by_accident.scenario = good().scenario
+    assert each_metric_is_a_number(by_accident).verdict == "red"
+    assert each_metric_is_a_number(spoilt(float("nan"))).verdict == "green"
+    assert losses_are_the_undisturbed_ones(spoilt(1.6)).verdict != "red"
+
+
+def test_damage_of_the_live_state_must_be_noticed() -> None:
+    assert damage_of_the_live_state_was_noticed(spoilt(1.6)).verdict == "green"
+    in_silence = spoilt(1.6)
+    in_silence.marks = [one for one in in_silence.marks if one.generation == 1]
+    assert damage_of_the_live_state_was_noticed(in_silence).verdict == "red"
+    in_silence = spoilt(float("nan"))
+    in_silence.marks = [one for one in in_silence.marks if one.generation == 1]
+    assert damage_of_the_live_state_was_noticed(in_silence).verdict == "green"
+    masked = spoilt(1.6)
+    masked.faults.append(replace(masked.faults[0], kind="worker-kill"))
+    assert damage_of_the_live_state_was_noticed(masked).verdict == "not judged"
+
+
+def test_saves_must_go_on_after_a_fault_of_the_store_and_something_must_have_met_it() -> None:
+    def of_store(**more: Any) -> Evidence:
+        found = good()
+        found.faults = [replace(found.faults[0], kind="store-errors", at=4.0, storage=True, **more)]
+        return found
+
+    assert saves_go_on_after_faults_of_the_store(of_store(healed_at=5.0)).verdict == "green"
+    stuck = of_store(healed_at=5.0)
+    stuck.marks = [one for one in stuck.marks if one.name != "commit"]
+    assert saves_go_on_after_faults_of_the_store(stuck).verdict == "red"
+    assert saves_go_on_after_faults_of_the_store(of_store(healed_at=30.0)).verdict == "not judged"
+    assert the_faults_happened(of_store(met=0)).verdict == "red"
+    assert the_faults_happened(of_store(met=3)).verdict == "green"
 
 
 def test_slow_or_no_recovery_is_red() -> None:

@@ -1,4 +1,4 @@
-"""For tests of one's own stores and of what trains: nothing here is imported by the library itself.
+"""For tests of one's own stores and of what trains. `ckpt` itself imports nothing of it.
 
     ckpt.testing.conformance   what every store must do: a pytest class to subclass
     ckpt.testing.proxy         an object store that fails: a proxy in front of a real one

@@ -30,7 +30,10 @@ Tree = dict[str, "bytes | Tree"]
 
 
 def record(root: str, notes: str) -> Callable[[Note], None]:
-    """From now on append what this process does below `root` to the file `notes`; also a function that adds a note."""
+    """From now on append what this process does below `root` to the file `notes`; also a function that adds a note.
+
+    What it does by the functions of `os`, that is: what `open()` or a library in C writes is not seen.
+    """
     out = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     write, folders = os.write, dict[int, str]()
 
@@ -85,10 +88,14 @@ def record(root: str, notes: str) -> Callable[[Note], None]:
 
         return tell
 
+    def closed(result: None, existed: bool, fd: int) -> None:
+        folders.pop(fd, None)
+
     wrap("open", opened)
+    wrap("close", closed)
     for name in ("pwrite", "write", "posix_fallocate", "ftruncate", "fsync"):
         wrap(name, on_fd(name))
-    for name, paths in (("link", 2), ("rename", 2), ("unlink", 1), ("mkdir", 1), ("rmdir", 1)):
+    for name, paths in (("link", 2), ("rename", 2), ("replace", 2), ("unlink", 1), ("mkdir", 1), ("rmdir", 1)):
         wrap(name, named(name, paths))
     return lambda what: note(*what)
 
@@ -156,8 +163,9 @@ class Disk:
             self._change(path, name, None, None)
         elif kind == "link":
             self._change(rest[0], None, os.path.basename(rest[0]), self.find(path))
-        elif kind == "rename":
-            assert os.path.dirname(path) == os.path.dirname(rest[0])
+        elif kind in ("rename", "replace"):
+            if os.path.dirname(path) != os.path.dirname(rest[0]):
+                raise NotImplementedError(f"{path} is renamed to {rest[0]}, into another folder: no model of that")
             self._change(path, name, os.path.basename(rest[0]), self.find(path))
         elif kind == "write":
             at, data = rest

@@ -148,6 +148,7 @@ class Bucket:
         while not (found := processes.children(self._holder.pid)):
             if self._holder.poll() is not None or time.monotonic() > deadline:
                 raise GroundError("no network namespace can be made here; root is needed")
+            time.sleep(0.01)
         self._hub.plug(NAME, found[0])
         ours, theirs = socket.socketpair()
         with ours, theirs:

@@ -23,10 +23,15 @@ from elastic.chaos.ground import abilities
 from elastic.chaos.judge import judge
 from elastic.chaos.report import document, page
 from elastic.chaos.scenario import S3, Scenario, draw, parse
+from elastic.chaos.store_faults import DiskFull, StoreErrors
 from elastic.chaos.trace import recorded, replay
 from elastic.chaos.watch import Screen
 
 EXIT_TERMINATED = 143
+REMEDIES = {
+    "s3": "the extra holdfast[s3], and moto_server on PATH (pipx install 'moto[server]')",
+    "strace": "root, and strace", "disk": "root, and e2fsprogs", "tc": "root, and iproute2",
+}  # fmt: skip
 RANDOM, REPLAY = "random", "replay"
 REPORT = "report.json"
 RANDOM_HEAL_S = {"node-loss": 3.0, "maintenance": 3.0, "link-cut": 8.0, "freeze": 8.0, "slow-link": 8.0}
@@ -126,8 +131,6 @@ def run(
         if len(seeds) > 1 and (report := here / REPORT).exists():
             found.append(json.loads(report.read_text()))
             continue
-        if here.is_dir() and any(here.iterdir()):
-            raise Incompatible(f"{here} is not empty, and a run in it would go on where another one ended: remove it")
         try:
             with Screen() as screen:
                 done = execute(scenario, command, here, seed=seed, can=can, reference=reference,
@@ -147,8 +150,14 @@ def checked(scenario: Scenario, nodes: int | None, can: frozenset[str]) -> Scena
     """The scenario on so many nodes. NotFound if it asks for what there is not."""
     if unknown := sorted({fault.kind for fault in scenario.faults} - FAULTS.keys()):
         raise NotFound(f"no fault {', '.join(unknown)}: `elastic chaos --list` shows what there is")
-    if lacks := needs(scenario) - can:
-        raise NotFound(f"{scenario.name} needs {', '.join(sorted(lacks))}, which is not there: root on Linux is needed")
+    if lacks := sorted(needs(scenario) - can):
+        found = "; ".join(f"{name}: {REMEDIES.get(name, 'root on Linux')}" for name in lacks)
+        raise NotFound(f"{scenario.name} needs what is not there: {found}")
+    for fault in (FAULTS[one.kind] for one in scenario.faults):
+        if issubclass(fault, DiskFull) and not scenario.store_mb:
+            raise Incompatible(f"{scenario.name}: {fault.kind} needs a disk of its own for the run: set store_mb")
+        if issubclass(fault, StoreErrors) != (scenario.store == S3) and fault.storage:
+            raise Incompatible(f'{scenario.name}: {fault.kind} and store = "{scenario.store}" do not go together')
     return scenario if nodes is None else scenario.with_nodes(nodes)
 
 

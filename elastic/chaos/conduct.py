@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ckpt.check import check_log, check_step
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, Incompatible
 from elastic.chaos.cgroups import GroundError
 from elastic.chaos.evidence import Evidence, Injection, Mark
 from elastic.chaos.fault import Fault
@@ -41,11 +41,14 @@ def conduct(
     tell: Tell = lambda text: None,
     look: Look = lambda glance: None,
 ) -> Evidence:
-    """Run `command` through `scenario` below `folder`, which is new; blocking. GroundError if nodes cannot be made.
+    """Run `command` through `scenario` below `folder`, which is new; blocking. GroundError if nodes cannot be made,
+    Incompatible for a folder with something in it.
 
     At SIGINT and SIGTERM everything is removed first. `reference`: run it undisturbed before, for the metrics that it
     would have reported. `tell` hears what happens, `look` sees how it is, a few times a second.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise Incompatible(f"{folder} is not empty, and a run in it would go on where another one ended: remove it")
     undisturbed = None
     if reference:
         tell("undisturbed first, for comparison")
@@ -105,9 +108,11 @@ class _Conductor:
             for task in self._healing:
                 task.cancel()
             evidence.marks, evidence.lives = self._listener.marks, ground.lives
-            with contextlib.suppress(CkptError, OSError):
-                await asyncio.to_thread(self._check)
-            await ground.close()
+            try:
+                with contextlib.suppress(CkptError, OSError):
+                    await asyncio.to_thread(self._check)
+            finally:
+                await asyncio.shield(ground.close())
         evidence.left += outlived(ground)
         evidence.looked_for = ground.looked_for
         return evidence
@@ -175,7 +180,11 @@ class _Conductor:
             injection = Injection(
                 planned.kind, fault.nodes, at, "", listener.generation, listener.last_step, fault.restarts
             )
+            injection.storage = fault.storage
             injection.what = await fault.inject()
+            if fault.live:  # at a step that came meanwhile
+                injection.at, injection.generation = self._ground.now(), listener.generation
+                injection.step = listener.last_step
         finally:
             if hold is not None:
                 hold.released.set()
@@ -221,8 +230,12 @@ class _Conductor:
 
     async def _heal(self, fault: Fault, injection: Injection, after_s: float) -> None:
         await asyncio.sleep(after_s)
-        await fault.heal()
-        injection.healed_at = self._ground.now()
+        try:
+            await fault.heal()
+        except (CkptError, OSError) as error:
+            self._evidence.missed.append(f"{injection.kind} was injected, and could not be healed: {error}")
+            raise
+        injection.healed_at, injection.met = self._ground.now(), fault.met
         self._tell(f"{injection.healed_at:6.1f} s  {injection.kind} of {', '.join(injection.nodes)} is healed")
 
     async def _recovered(self, injection: Injection) -> None:

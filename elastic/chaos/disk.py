@@ -12,6 +12,14 @@ from elastic.chaos import processes
 from elastic.chaos.cgroups import GroundError
 
 LIMIT_S = 20.0
+FROZEN_LIMIT_S = 120
+FREEZER = """
+trap '' HUP INT PIPE TERM
+fsfreeze -f "$0" || exit 1
+echo frozen
+timeout -s KILL "$1" cat > /dev/null
+fsfreeze -u "$0"
+"""  # nothing but SIGKILL keeps it from its last line
 
 
 class Disk:
@@ -31,6 +39,7 @@ class Disk:
         while not (found := processes.children(self._holder.pid)):
             if self._holder.poll() is not None or time.monotonic() > deadline:
                 raise GroundError("no mount namespace can be made here; root is needed")
+            time.sleep(0.01)
         self._pid = found[0]
         self._place.mkdir(exist_ok=True)
         image = self._place.with_suffix(".image")
@@ -78,26 +87,38 @@ class Disk:
                 time.sleep(0.02)
 
     def freeze(self) -> None:
-        """Have every write wait in the kernel until `thaw`, or until this process has ended: no signal ends a wait."""
-        command = 'fsfreeze -f "$0" && echo frozen && cat && fsfreeze -u "$0"'
+        """Have every write wait in the kernel, where no signal ends a wait, until `thaw`.
+
+        Another process thaws it: when this one has ended, however, and after 120 s at the latest.
+        """
+        if self._freezer is not None:
+            raise GroundError(f"the file system at {self._place} stands still already")
         self._freezer = subprocess.Popen(
-            [*self.before, "sh", "-c", command, str(self._place)],
+            [*self.before, "sh", "-c", FREEZER, str(self._place), str(FROZEN_LIMIT_S)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert self._freezer.stdout is not None
         if self._freezer.stdout.readline() != b"frozen\n":
-            self.thaw()
+            with contextlib.suppress(GroundError):
+                self.thaw()
             raise GroundError(f"the file system at {self._place} could not be frozen")
 
     def thaw(self) -> None:
-        """Idempotent."""
-        if self._freezer is not None:
-            self._freezer.communicate(timeout=LIMIT_S)
-            self._freezer = None
+        """Idempotent. GroundError if it still stands still."""
+        freezer, self._freezer = self._freezer, None
+        if freezer is None:
+            return
+        try:
+            freezer.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise GroundError(f"the file system at {self._place} was not thawed within {LIMIT_S:g} s") from error
+        if freezer.returncode:
+            raise GroundError(f"the file system at {self._place} could not be thawed")
 
     def close(self) -> None:
         """The file system goes with the last process that sees it."""
-        self.thaw()
+        with contextlib.suppress(GroundError):
+            self.thaw()
         processes.kill([self._pid] if self._pid else [])
         assert self._holder.stdin is not None
         self._holder.stdin.close()
@@ -106,6 +127,11 @@ class Disk:
             self._place.with_suffix(".image").unlink(missing_ok=True)
 
     def _run(self, *command: str) -> None:
-        done = subprocess.run([*self.before, *command], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        try:
+            done = subprocess.run(
+                [*self.before, *command], capture_output=True, text=True, timeout=LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise GroundError(f"{' '.join(command)} took more than {LIMIT_S:g} s") from error
         if done.returncode:
             raise GroundError(f"{' '.join(command)}: {done.stderr.strip()}")

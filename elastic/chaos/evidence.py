@@ -40,6 +40,8 @@ class Injection:
     restarts: bool  # whether the run can only go on in a new generation
     healed_at: float | None = None
     recovered_at: float | None = None
+    storage: bool = False  # done to what the run is stored on
+    met: int | None = None  # how often it was met, where that is counted
 
 
 @dataclass

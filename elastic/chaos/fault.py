@@ -2,7 +2,9 @@
 
 `share`: percent of the 419 unexpected interruptions in 54 days of training on 16,384 H100 (arXiv 2407.21783, table 5)
 that had the cause which the fault stands for; None where no figure was published. `needs`: what the ground must be
-able to do. `restarts`: whether the run can only go on in a new generation. `heals`: whether there is something to undo.
+able to do. `restarts`: whether the run can only go on in a new generation. `heals`: whether there is something to
+undo. `storage`: whether it is done to what a run is stored on, so that saves must go on after it. `live`: whether
+`inject` waits for a worker.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Fault(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = True
     heals: ClassVar[bool] = False
+    storage: ClassVar[bool] = False
+    live: ClassVar[bool] = False
 
     def __init__(self, ground: Ground, node: Node, amount: float | None = None) -> None:
         self.ground, self.node, self.amount = ground, node, amount
@@ -36,6 +40,11 @@ class Fault(ABC):
 
     async def heal(self) -> None:  # noqa: B027
         """Undo it."""
+
+    @property
+    def met(self) -> int | None:
+        """How often it was met, where that is counted; 0: it did nothing to anybody."""
+        return None
 
     def _worker(self) -> int:
         if not (found := self.node.workers()):

@@ -194,7 +194,7 @@ class OneWayLoss(Fault):
     def _others(self) -> list[str]:
         hub = self.ground.hub
         assert hub is not None
-        return [hub.address(name) for name in self.ground.nodes if name != self.node.name]
+        return [hub.address(name) for name in hub.names if name != self.node.name]
 
 
 class Flap(Fault):

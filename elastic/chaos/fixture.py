@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from elastic.chaos.scenario import Scenario
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "prove: the full-size proof of something that is tried in small, too")
+
+
 @pytest.fixture
 def chaos(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Run a script through a scenario: its name, a TOML file, or a `Scenario`. The report, as in report.json.

@@ -25,8 +25,13 @@ class Judgement:
 
 
 def judge(evidence: Evidence) -> list[Judgement]:
-    """All oracles, in the order of the report."""
-    return [oracle(evidence) for oracle in ORACLES]
+    """All oracles that have to do with the scenario, in the order of the report."""
+    live = any(fault["kind"].startswith("live-") for fault in evidence.scenario["faults"])
+    storage = any(fault.storage for fault in evidence.faults)
+    left_out = set[Callable[[Evidence], Judgement]]()
+    left_out |= set() if live else {damage_of_the_live_state_was_noticed}
+    left_out |= set() if storage else {saves_go_on_after_faults_of_the_store}
+    return [oracle(evidence) for oracle in ORACLES if oracle not in left_out]
 
 
 def passed(judgements: Iterable[Judgement]) -> bool:
@@ -42,7 +47,8 @@ def the_faults_happened(evidence: Evidence) -> Judgement:
             name, "red", f"{'; '.join(evidence.missed)}. Give the command more steps, or the run more time"
         )
     kinds = ", ".join(fault.kind for fault in evidence.faults)
-    return _judged(name, [], len(evidence.faults), f"{len(evidence.faults)}: {kinds}", "the scenario has none")
+    unmet = [f"{fault.kind}: nothing met it while it lasted" for fault in evidence.faults if fault.met == 0]
+    return _judged(name, unmet, len(evidence.faults), f"{len(evidence.faults)}: {kinds}", "the scenario has none")
 
 
 def the_job_ended_right(evidence: Evidence) -> Judgement:
@@ -133,12 +139,11 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
         why = "the number of ranks changed, and the batches with it: elastic.batches keeps them"
         return Judgement(f"each metric is the one {what}", "not judged", why)
     wrong, judged, first = [], 0, dict(evidence.reference)
-    spoilt = evidence.scenario["promise"]["not_finite"]  # on purpose: what was computed then is no measure
     for mark in evidence.named("step"):
-        if mark.rank != 0 or not mark.facts.get("metrics"):
+        if mark.rank != 0 or not mark.facts.get("metrics") or _is_spoilt(evidence, mark):
             continue
         known = first.setdefault(mark.step, mark.facts["metrics"])
-        if known is mark.facts["metrics"] or (spoilt and not all(map(math.isfinite, known.values()))):
+        if known is mark.facts["metrics"]:
             continue
         judged += 1
         if differs := [name for name, value in known.items() if not _alike(value, mark.facts["metrics"].get(name))]:
@@ -149,18 +154,48 @@ def losses_are_the_undisturbed_ones(evidence: Evidence) -> Judgement:
 
 
 def each_metric_is_a_number(evidence: Evidence) -> Judgement:
-    """Or one is none, where that was promised: then it is what tells that the state is damaged."""
-    promised, judged = evidence.scenario["promise"]["not_finite"], 0
-    wrong = []
+    name, wrong, judged = "each metric is a finite number", list[str](), 0
     for mark in evidence.named("step"):
-        judged += mark.rank == 0 and bool(mark.facts.get("metrics"))
-        wrong += [f"step {mark.step}: {name} is {value}" for name, value in (mark.facts.get("metrics") or {}).items()
-                  if mark.rank == 0 and not math.isfinite(value)]  # fmt: skip
-    if promised:
-        name = "the metrics say that the state is damaged"
-        missing = [] if wrong or not judged else ["every metric was a finite number"]
-        return _judged(name, missing, judged, wrong[0] if wrong else "", "no metric was reported")
-    return _judged("each metric is a finite number", wrong[:3], judged, f"{judged} steps", "no metric was reported")
+        if mark.rank == 0 and mark.facts.get("metrics") and not _is_spoilt(evidence, mark):
+            judged += 1
+            metrics = mark.facts["metrics"].items()
+            wrong += [f"step {mark.step}: {key} is {value}" for key, value in metrics if not math.isfinite(value)]
+    return _judged(name, wrong[:3], judged, f"{judged} steps", "no metric was reported")
+
+
+def damage_of_the_live_state_was_noticed(evidence: Evidence) -> Judgement:
+    """By a generation that followed, in which nobody else failed; or by a metric that is no number."""
+    name, wrong, seen = "damage of the live state was noticed", list[str](), list[str]()
+    live = [fault for fault in evidence.faults if fault.kind.startswith("live-")]
+    for fault in live:
+        spoilt = [mark for mark in evidence.named("step") if mark.generation == fault.generation and mark.at > fault.at]
+        metrics = [value for mark in spoilt for value in (mark.facts.get("metrics") or {}).values()]
+        later = [mark for mark in evidence.named("restore") if mark.generation > fault.generation]
+        others = [
+            one for one in evidence.faults if one is not fault and one.restarts and one.generation == fault.generation
+        ]
+        if later and not others:
+            seen.append(f"generation {later[0].generation} followed")
+        elif any(not math.isfinite(value) for value in metrics):
+            seen.append("a metric was no number")
+        elif not others:
+            wrong.append(f"{fault.kind}: {fault.what}")
+    return _judged(name, wrong, len(seen), "; ".join(seen), "no live state was damaged, or something else failed, too")
+
+
+def saves_go_on_after_faults_of_the_store(evidence: Evidence) -> Judgement:
+    name, wrong, judged = "after a fault of the store saves are committed again", list[str](), 0
+    for fault in evidence.faults:
+        if not fault.storage or fault.healed_at is None:
+            continue
+        saves = [mark for mark in evidence.named("save") if mark.at > fault.healed_at]
+        commits = [mark for mark in evidence.named("commit") if mark.at > fault.healed_at]
+        judged += bool(saves)
+        if saves and not commits:
+            wrong.append(f"none was after {fault.kind}, {fault.healed_at:.1f} s")
+    return _judged(
+        name, wrong, judged, f"after {judged} faults", "no fault of the store was healed while steps were saved"
+    )
 
 
 def each_sample_exactly_once(evidence: Evidence) -> Judgement:
@@ -209,6 +244,8 @@ ORACLES: tuple[Callable[[Evidence], Judgement], ...] = (
     recovered_in_time,
     losses_are_the_undisturbed_ones,
     each_metric_is_a_number,
+    damage_of_the_live_state_was_noticed,
+    saves_go_on_after_faults_of_the_store,
     each_sample_exactly_once,
     nothing_is_left,
 )
@@ -267,6 +304,14 @@ def _alike(one: float, other: object) -> bool:
     if not isinstance(other, (int, float)):
         return False
     return math.isclose(one, other, rel_tol=METRIC_TOLERANCE) or (math.isnan(one) and math.isnan(other))
+
+
+def _is_spoilt(evidence: Evidence, mark: Mark) -> bool:
+    """Whether it was made by a state that was damaged on purpose, and not yet given up."""
+    return evidence.scenario["promise"]["spoilt"] and any(
+        fault.kind.startswith("live-") and mark.generation == fault.generation and mark.at > fault.at
+        for fault in evidence.faults
+    )
 
 
 def _some(steps: list[int]) -> str:

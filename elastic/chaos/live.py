@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from abc import abstractmethod
+from typing import Any
 
 from elastic.chaos.cgroups import GroundError
 from elastic.chaos.evidence import Mark
@@ -12,36 +14,48 @@ from elastic.chaos.fault import Fault
 NAN = {"float32": struct.pack("<f", float("nan")), "float64": struct.pack("<d", float("nan")), "bfloat16": b"\xc0\x7f",
        "float16": b"\x00\x7e"}  # fmt: skip
 HOURS = 5.0
+READY_LIMIT_S = 60.0
+TRIES = 64
 
 
 class LiveDamage(Fault):
     """What is done to one tensor of the state in a worker's memory, from outside, while it is held after a step."""
 
-    restarts = False
+    restarts, live = False, True
 
     async def inject(self) -> str:
-        listener = self.ground.listener
-        hold = listener.hold(lambda mark: mark.name == "step" and mark.node == self.node.name)
-        held = await hold.caught
+        hold = self.ground.listener.hold(self._is_ready)
         try:
+            async with asyncio.timeout(READY_LIMIT_S):
+                held = await hold.caught
             return self._do(held)
+        except TimeoutError as error:
+            raise GroundError(f"no worker of {self.node.name} made a step after a save in CPU memory") from error
         except OSError as error:
-            raise GroundError(f"the memory of worker {held.pid} cannot be written: {error}") from error
+            raise GroundError(f"the memory of a worker of {self.node.name} cannot be written: {error}") from error
         finally:
+            hold.wanted = lambda mark: False
             hold.released.set()
 
+    def _is_ready(self, mark: Mark) -> bool:
+        return mark.name == "step" and mark.node == self.node.name and bool(self._tensors(mark.pid))
+
+    def _tensors(self, pid: int) -> list[list[Any]]:
+        """Those that lay in the same place whenever the worker told of them: what is made anew for a save does not."""
+        told = [
+            mark.facts["memory"] for mark in self.ground.listener.marks if mark.pid == pid and mark.facts.get("memory")
+        ]
+        return sorted(one for one in (told or [[]])[-1] if one[3] in NAN and all(one in before for before in told[-2:]))
+
     def _do(self, held: Mark) -> str:
-        told = [mark for mark in self.ground.listener.marks if mark.pid == held.pid and mark.facts.get("memory")]
-        if not told:
-            raise GroundError(f"worker {held.pid} has saved or restored nothing in CPU memory yet")
-        tensors = sorted(one for one in told[-1].facts["memory"] if one[3] in NAN)
-        if not tensors:
-            raise GroundError(f"worker {held.pid} has no tensor of floating point numbers in CPU memory")
-        key, address, nbytes, dtype = self.ground.random.choice(tensors)
-        at = address + self.ground.random.randrange(nbytes // len(NAN[dtype])) * len(NAN[dtype])
+        key, address, nbytes, dtype = self.ground.random.choice(self._tensors(held.pid))
+        size = len(NAN[dtype])
         with open(f"/proc/{held.pid}/mem", "r+b", buffering=0) as memory:
-            memory.seek(at)
-            element = memory.read(len(NAN[dtype]))
+            for _ in range(TRIES):  # of zeros a bit may make a number that is rounded away
+                at = address + self.ground.random.randrange(nbytes // size) * size
+                memory.seek(at)
+                if any(element := memory.read(size)):
+                    break
             memory.seek(at)
             memory.write(self.changed(element, dtype))
         return f"{self.what} in {key} of worker {held.pid} on {self.node.name}, after step {held.step}"
@@ -63,14 +77,19 @@ class LiveBitFlip(LiveDamage):
     promise = "detected where ranks hold replicas: the next save is refused, and all go on from the step before"
 
     def changed(self, element: bytes, dtype: str) -> bytes:
-        return bytes([element[0] ^ 1]) + element[1:]
+        flipped = bytearray(element)
+        flipped[-2] ^= 0x40  # high in the fraction of a float32 or bfloat16: it is not rounded away
+        return bytes(flipped)
 
 
 class LiveNaN(LiveDamage):
-    """An element of the live state of one rank becomes NaN, and the next steps spread it. No share was published."""
+    """An element of the live state of one rank becomes NaN, and the next steps spread it. No share was published.
 
-    kind, stands_for, restarts, what = "live-nan", "a number that is none any more", True, "an element became NaN"
-    promise = "detected where ranks hold replicas, as for live-bit-flip; elsewhere only the metrics say so"
+    The next save is refused if it finds it in one replica alone; a step later all may have it alike.
+    """
+
+    kind, stands_for, what = "live-nan", "a number that is none any more", "an element became NaN"
+    promise = "detected only: the next save is refused, or the metrics say so"
 
     def changed(self, element: bytes, dtype: str) -> bytes:
         return NAN[dtype]

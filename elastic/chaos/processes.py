@@ -62,10 +62,15 @@ def lives(pid: int) -> bool:
 
 
 def is_traced(pid: int) -> bool:
-    """Whether another process traces it, as strace does."""
+    """Whether another process traces every thread of it, as strace does."""
+    found = False
     with contextlib.suppress(OSError):
-        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
-    return False
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended
+                if "TracerPid:\t0\n" in (task / "status").read_text():
+                    return False
+                found = True
+    return found
 
 
 def kill(pids: Iterable[int], number: int = signal.SIGKILL) -> list[int]:

@@ -69,7 +69,7 @@ class Promise:
     saves_lost: int = 2
     recovery_s: float = 60.0
     damage: bool = False  # stored bytes are damaged on purpose: to be found, and not restored
-    not_finite: bool = False  # the state becomes NaN on purpose: the metrics must say so
+    spoilt: bool = False  # the live state is damaged on purpose: to be noticed
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from elastic.chaos import processes
@@ -27,13 +28,13 @@ class DiskFull(Fault):
     kind, stands_for, heals = "disk-full", "a quota or disk that is full", True
     promise = "no committed step is lost; once there is room, saves go on"
     needs = frozenset({"boxes", "disk"})
-    restarts = False
+    restarts, storage = False, True
 
     async def inject(self) -> str:
         return f"the last {await asyncio.to_thread(self._disk().fill) >> 10} KiB of the store were taken"
 
     async def heal(self) -> None:
-        self._disk().free()
+        await asyncio.to_thread(self._disk().free)
 
     def _disk(self) -> Disk:
         if self.ground.disk is None:
@@ -71,9 +72,11 @@ class DiskStall(DiskFull):
 
 
 class Traced(Fault):
-    """System calls of a node's workers and keeper meet what `injected` says, by strace, until it is healed."""
+    """System calls of a node's agent, workers and keeper, and of what they start, meet what `injected` says, by strace,
+    until it is healed."""
 
-    heals, restarts = True, False
+    heals, restarts, storage = True, False, True
+    _tracer: asyncio.subprocess.Process | None = None
     needs = frozenset({"strace"})
     calls: ClassVar[Sequence[str]]
 
@@ -82,14 +85,15 @@ class Traced(Fault):
         """What strace is to do to `calls`."""
 
     async def inject(self) -> str:
-        traced = sorted({*self.node.workers(), *self.node.keepers()})
+        agent = self.node.agent()
+        traced = sorted({*self.node.workers(), *self.node.keepers(), *([agent] if agent else [])})
         if not traced:
-            raise GroundError(f"{self.node.name} has neither worker nor keeper")
+            raise GroundError(f"{self.node.name} has no agent, worker or keeper")
         calls = ",".join(self.calls)
         self._tracer = await asyncio.create_subprocess_exec(
-            "strace", "-f", "-qqq", "-o", "/dev/null", "-e", f"trace={calls}",
+            "strace", "-f", "-qqq", "-o", str(self._log), "-e", f"trace={calls}",
             "-e", f"inject={calls}:{self.injected()}", "-p", ",".join(map(str, traced)),
-            stderr=subprocess.PIPE, start_new_session=True,
+            stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + ATTACH_LIMIT_S
         while not all(processes.is_traced(pid) for pid in traced):
@@ -100,9 +104,19 @@ class Traced(Fault):
         return f"{calls} of {len(traced)} processes of {self.node.name} meet {self.injected()}"
 
     async def heal(self) -> None:
-        if self._tracer.returncode is None:
-            self._tracer.terminate()  # it lets go of them
-        await self._tracer.communicate()
+        if self._tracer is not None:
+            if self._tracer.returncode is None:
+                self._tracer.terminate()  # it lets go of them
+            await self._tracer.wait()
+
+    @property
+    def met(self) -> int:
+        said = self._log.read_text(errors="replace") if self._log.exists() else ""
+        return said.count("(INJECTED)") + said.count("(DELAYED)")
+
+    @property
+    def _log(self) -> Path:
+        return self.ground.folder / f"{self.node.name}.{self.kind}"
 
 
 class FsyncFails(Traced):
@@ -120,7 +134,7 @@ class FsyncFails(Traced):
 
 
 class SlowDisk(Traced):
-    """Every write and fsync of a node takes `amount` ms (200) more, as on a disk that remaps its sectors, or that
+    """Every pwrite and fsync of a node takes `amount` ms (200) more, as on a disk that remaps its sectors, or that
     others use. No share was published."""
 
     kind, stands_for = "slow-disk", "a disk that became slow"
@@ -137,16 +151,22 @@ class StoreErrors(Fault):
     kind, stands_for, heals = "store-errors", "an object store that is overloaded", True
     promise = "survived: requests are tried again, and no committed step is lost"
     needs = frozenset({"s3"})
-    restarts = False
+    restarts, storage = False, True
+    _met_before = 0
     faults: ClassVar[Sequence[str]] = ("500", "503", "429", "reset")
 
     async def inject(self) -> str:
         share = ERROR_SHARE if self.amount is None else self.amount
         self._bucket().fail(share, self.faults)
+        self._met_before = self._bucket().met
         return f"{share:.0%} of the requests to the bucket meet {', '.join(self.faults)}"
 
     async def heal(self) -> None:
         self._bucket().fail(0.0, ())
+
+    @property
+    def met(self) -> int | None:
+        return self.ground.bucket.met - self._met_before if self.ground.bucket is not None else None
 
     def _bucket(self) -> Bucket:
         if self.ground.bucket is None:
@@ -182,3 +202,7 @@ class StoreAway(StoreErrors):
 
     async def heal(self) -> None:
         self._bucket().away(False)
+
+    @property
+    def met(self) -> int | None:
+        return None

@@ -7,6 +7,7 @@ Python's `time.time` alone: a library that wraps the C functions breaks the slee
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import time
@@ -28,4 +29,4 @@ time.time_ns = lambda: _right_ns() + int(_off_s() * 1e9)
 # The module of this name that would have been imported without this one.
 _others = [path for path in sys.path if os.path.realpath(path) != os.path.dirname(os.path.realpath(__file__))]
 if (_spec := importlib.machinery.PathFinder.find_spec("sitecustomize", _others)) is not None and _spec.loader:
-    _spec.loader.load_module("sitecustomize")
+    _spec.loader.exec_module(importlib.util.module_from_spec(_spec))

@@ -6,6 +6,7 @@ together, so that ranks which differ see it: the two maxima then no longer add u
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +19,8 @@ from ckpt.errors import CkptError, Incompatible
 from ckpt.ranks import Ranks
 
 T = TypeVar("T")
+_WIRE = struct.Struct(">????II?3x")  # flags, step, its complement, a flag
+_ALL_ONES = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,8 @@ class Signal:
     busy: bool = False
 
     def encode(self) -> bytes:
-        low = (self.step & 0xFFFFFFFF).to_bytes(4, "big")
-        flags = bytes([self.failed, self.layout_changed, self.due, self.stop])
-        return flags + low + bytes(255 - b for b in low) + bytes([self.busy]) + bytes(3)
+        flags, step = (self.failed, self.layout_changed, self.due, self.stop), self.step & _ALL_ONES
+        return _WIRE.pack(*flags, step, step ^ _ALL_ONES, self.busy)  # in every step: one call
 
     @staticmethod
     def any_failed(data: bytes) -> bool:
@@ -44,12 +46,13 @@ class Signal:
     @classmethod
     def decode(cls, data: bytes, step: int) -> Signal:
         """The merged signal; `CkptError` if the ranks were not at one step."""
-        if any(a + b != 255 for a, b in zip(data[4:8], data[8:12], strict=True)):
+        failed, layout_changed, due, stop, low, complement, busy = _WIRE.unpack(data)
+        if low ^ complement != _ALL_ONES:
             raise Incompatible(
                 f"the ranks are not at the same step: this one is at {step}, another at step "
-                f"{int.from_bytes(data[4:8], 'big')} or so. Call save, restore and steps on every rank alike."
+                f"{low} or so. Call save, restore and steps on every rank alike."
             )
-        return cls(step, *(bool(flag) for flag in (*data[:4], data[12])))
+        return cls(step, failed, layout_changed, due, stop, busy)
 
 
 def disagreements(ranks: Ranks, digests: Sequence[bytes | None]) -> list[int]:

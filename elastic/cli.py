@@ -198,15 +198,15 @@ def report(url: str, html: str | None, as_json: bool) -> None:
     from importlib.resources import files
     from pathlib import Path
 
-    from elastic.chaos.report import page
     from elastic.history import figures_of, history
     from elastic.ledger import read_ledger
+    from elastic.report import page
 
     run = RunDirectory.open(url)
     evidence = history(run.url, read_ledger(run), run.log.read().commits.values())
     figures = figures_of(evidence)
     if html is not None:
-        style = files("elastic.chaos").joinpath("report.css").read_text()
+        style = files("elastic").joinpath("report.css").read_text()
         Path(html).write_text(page(evidence, (), style, figures))
     failures = [
         {

@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import Any
 
 from ckpt.records import Commit
-from elastic.chaos.evidence import Evidence, Injection, Life, Mark
-from elastic.chaos.report import figures
+from elastic.evidence import Evidence, Injection, Life, Mark
 from elastic.ledger import Batch, Happening
+from elastic.report import figures
 
 MARKS = {"begun": "join", "restoring": "restoring", "restored": "restore", "step": "step"}
 DECIDED = ("failed", "killed")  # from here on nobody waits to notice

@@ -32,11 +32,11 @@ from ckpt.run import RunDirectory
 from elastic.chaos import faults, processes
 from elastic.chaos.cgroups import Cgroup, GroundError
 from elastic.chaos.command import scenario_of, shipped
-from elastic.chaos.evidence import Life
 from elastic.chaos.ground import Ground, abilities
 from elastic.chaos.nodes import Boxed, Plain, inside
 from elastic.chaos.scenario import Planned, Scenario
 from elastic.cli import cli
+from elastic.evidence import Life
 
 TESTS = Path(__file__).parent
 SCRIPT, EXAMPLE = str(TESTS / "chaos_script.py"), str(TESTS / "chaos_example.py")

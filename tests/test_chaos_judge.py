@@ -17,7 +17,6 @@ from ckpt.adapt import collect_state
 from ckpt.echo import echo_of
 from ckpt.errors import Incompatible
 from elastic.chaos.command import needs, shipped
-from elastic.chaos.evidence import Evidence, Injection, Life, Mark
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.judge import (
     damage_of_the_live_state_was_noticed,
@@ -28,7 +27,6 @@ from elastic.chaos.judge import (
     no_committed_step_was_lost,
     no_damaged_step_stands,
     nothing_is_left,
-    passed,
     recovered_in_time,
     saves_go_on_after_faults_of_the_store,
     saves_lost_as_promised,
@@ -36,11 +34,12 @@ from elastic.chaos.judge import (
     the_job_ended_right,
     what_was_restored_was_saved,
 )
-from elastic.chaos.report import document, figures, page
 from elastic.chaos.scenario import Promise, Scenario, draw, parse
 from elastic.chaos.trace import recorded, replay
 from elastic.cli import cli
+from elastic.evidence import Evidence, Injection, Life, Mark, passed
 from elastic.goodput import Instant, spans, split
+from elastic.report import document, figures, page
 
 SCENARIO = Scenario("made", "by hand", ())
 
@@ -156,7 +155,7 @@ def spoilt(value: float) -> Evidence:
         replace(one, facts={**one.facts, "step": 3, "metrics": {"loss": value}}) if one.at == 6.0 else one
         for one in found.marks
     ]
-    found.faults = [replace(found.faults[0], kind="live-bit-flip", at=5.5)]
+    found.faults = [replace(found.faults[0], kind="live-bit-flip", live=True, at=5.5)]
     found.scenario = {**found.scenario, "promise": {**found.scenario["promise"], "spoilt": True}}
     return found
 
@@ -178,7 +177,7 @@ def test_damage_of_the_live_state_must_be_noticed() -> None:
     in_silence.marks = [one for one in in_silence.marks if one.generation == 1]
     assert damage_of_the_live_state_was_noticed(in_silence).verdict == "green"
     masked = spoilt(1.6)
-    masked.faults.append(replace(masked.faults[0], kind="worker-kill"))
+    masked.faults.append(replace(masked.faults[0], kind="worker-kill", live=False))
     assert damage_of_the_live_state_was_noticed(masked).verdict == "not judged"
 
 

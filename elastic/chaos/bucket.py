@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ckpt.testing.proxy import Proxy
-from elastic.chaos import processes
 from elastic.chaos.cgroups import GroundError
+from elastic.chaos.held import Held
 from elastic.chaos.nodes import Hub
 
 NAME = "store"
@@ -40,7 +40,7 @@ class Bucket:
 
     def __init__(self, hub: Hub | None, seed: int) -> None:
         self._hub, self._seed = hub, seed
-        self._holder: subprocess.Popen[bytes] | None = None
+        self._held: Held | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._proxy: Proxy | None = None
         self._serving: asyncio.Server | None = None
@@ -111,12 +111,13 @@ class Bucket:
         if self._serving is not None:
             self._serving.close()
             self._serving = None
-        for process in (self._server, self._holder):
-            if process is not None:
-                assert process.stdin is not None
-                process.stdin.close()
-                await asyncio.to_thread(process.wait)
-        self._server = self._holder = None
+        server, self._server, held, self._held = self._server, None, self._held, None
+        if server is not None:
+            assert server.stdin is not None
+            server.stdin.close()
+            await asyncio.to_thread(server.wait)
+        if held is not None:
+            await asyncio.to_thread(held.close)
 
     async def _answers(self, port: int) -> None:
         assert self._server is not None
@@ -140,20 +141,13 @@ class Bucket:
             listener = socket.create_server(("127.0.0.1", 0), backlog=512)
             self.endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
             return listener
-        self._holder = subprocess.Popen(
-            ["unshare", "--net", "--fork", "--kill-child=KILL", "cat"],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + START_LIMIT_S
-        while not (found := processes.children(self._holder.pid)):
-            if self._holder.poll() is not None or time.monotonic() > deadline:
-                raise GroundError("no network namespace can be made here; root is needed")
-            time.sleep(0.01)
-        self._hub.plug(NAME, found[0])
+        self._held = Held("net")
+        pid = self._held.open()
+        self._hub.plug(NAME, pid)
         ours, theirs = socket.socketpair()
         with ours, theirs:
             subprocess.run(
-                ["nsenter", "-t", str(found[0]), "-n", sys.executable, "-I", "-S", "-c", LISTENER,
+                ["nsenter", "-t", str(pid), "-n", sys.executable, "-I", "-S", "-c", LISTENER,
                  str(theirs.fileno()), str(PORT)],
                 pass_fds=[theirs.fileno()], check=True, timeout=START_LIMIT_S,
             )  # fmt: skip

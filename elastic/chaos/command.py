@@ -21,11 +21,11 @@ from elastic.chaos.conduct import Look, Tell, conduct
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.ground import abilities
 from elastic.chaos.judge import judge
-from elastic.chaos.report import document, page
 from elastic.chaos.scenario import S3, Scenario, draw, parse
 from elastic.chaos.store_faults import DiskFull, StoreErrors
 from elastic.chaos.trace import recorded, replay
 from elastic.chaos.watch import Screen
+from elastic.report import document, page
 
 EXIT_TERMINATED = 143
 REMEDIES = {
@@ -169,7 +169,7 @@ def execute(
     evidence = conduct(scenario, command, folder, seed=seed, can=can, reference=reference, tell=tell, look=look)
     judgements = judge(evidence)
     found = document(evidence, judgements)
-    style = files("elastic.chaos").joinpath("report.css").read_text()
+    style = files("elastic").joinpath("report.css").read_text()
     (folder / "report.html").write_text(page(evidence, judgements, style))
     (folder / REPORT).write_text(json.dumps(found, allow_nan=False))
     return found

@@ -13,7 +13,6 @@ from pathlib import Path
 from ckpt.check import check_log, check_step
 from ckpt.errors import CkptError, Incompatible
 from elastic.chaos.cgroups import GroundError
-from elastic.chaos.evidence import Evidence, Injection, Mark
 from elastic.chaos.fault import Fault
 from elastic.chaos.faults import FAULTS
 from elastic.chaos.ground import Ground, left_behind, outlived
@@ -21,6 +20,7 @@ from elastic.chaos.listen import Hold
 from elastic.chaos.nodes import Node
 from elastic.chaos.scenario import Planned, Scenario
 from elastic.chaos.watch import Glance
+from elastic.evidence import Evidence, Injection, Mark
 
 SAVE_MARKS = ("save", "copy", "saved", "seal", "part", "manifest", "record", "commit")
 LEFT_LIMIT_S = 45.0  # longer than keepers wait for workers that were lost
@@ -180,7 +180,7 @@ class _Conductor:
             injection = Injection(
                 planned.kind, fault.nodes, at, "", listener.generation, listener.last_step, fault.restarts
             )
-            injection.storage = fault.storage
+            injection.storage, injection.live = fault.storage, fault.live
             injection.what = await fault.inject()
             if fault.live:  # at a step that came meanwhile
                 injection.at, injection.generation = self._ground.now(), listener.generation

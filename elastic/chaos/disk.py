@@ -8,8 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from elastic.chaos import processes
 from elastic.chaos.cgroups import GroundError
+from elastic.chaos.held import Held
 
 LIMIT_S = 20.0
 FROZEN_LIMIT_S = 120
@@ -27,20 +27,12 @@ class Disk:
 
     def __init__(self, place: Path, size_mb: int) -> None:
         self._place, self._size_mb = place, size_mb
-        self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "--fork", "--kill-child=KILL", "cat"],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        self._held = Held("mount")
         self._pid = 0
         self._freezer: subprocess.Popen[bytes] | None = None
 
     def open(self) -> None:
-        deadline = time.monotonic() + LIMIT_S
-        while not (found := processes.children(self._holder.pid)):
-            if self._holder.poll() is not None or time.monotonic() > deadline:
-                raise GroundError("no mount namespace can be made here; root is needed")
-            time.sleep(0.01)
-        self._pid = found[0]
+        self._pid = self._held.open()
         self._place.mkdir(exist_ok=True)
         image = self._place.with_suffix(".image")
         with open(image, "wb") as file:
@@ -119,10 +111,7 @@ class Disk:
         """The file system goes with the last process that sees it."""
         with contextlib.suppress(GroundError):
             self.thaw()
-        processes.kill([self._pid] if self._pid else [])
-        assert self._holder.stdin is not None
-        self._holder.stdin.close()
-        self._holder.wait()
+        self._held.close()
         with contextlib.suppress(OSError):
             self._place.with_suffix(".image").unlink(missing_ok=True)
 

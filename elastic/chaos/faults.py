@@ -12,7 +12,6 @@ from pathlib import Path
 from elastic.chaos import processes
 from elastic.chaos.cgroups import GroundError
 from elastic.chaos.damage import BitRot, RotInRam, SwappedShards, TornWrite
-from elastic.chaos.evidence import Mark
 from elastic.chaos.fault import Fault
 from elastic.chaos.live import ClockJump, LiveBitFlip, LiveNaN
 from elastic.chaos.nodes import Boxed, inside
@@ -27,6 +26,7 @@ from elastic.chaos.store_faults import (
     StoreErrors,
     StoreStall,
 )
+from elastic.evidence import Mark
 
 POWER_OFF_S = 1.0
 NOTICE_S = 5.0

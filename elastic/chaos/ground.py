@@ -26,10 +26,10 @@ from elastic.chaos import processes
 from elastic.chaos.bucket import NAME, PROGRAM, URL, Bucket
 from elastic.chaos.cgroups import Cgroup, GroundError, root_of
 from elastic.chaos.disk import Disk
-from elastic.chaos.evidence import Life
 from elastic.chaos.listen import Listener
 from elastic.chaos.nodes import Boxed, Hub, Node, Place, Plain
 from elastic.chaos.scenario import S3, TIMING, TORCHRUN, Scenario
+from elastic.evidence import Life
 
 log = logging.getLogger(__name__)
 CONTROLLERS = ("freezer", "memory", "cpu")

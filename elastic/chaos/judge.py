@@ -5,39 +5,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-from elastic.chaos.evidence import Evidence, Injection, Mark
+from elastic.evidence import Evidence, Injection, Judgement, Mark
 
-Verdict = Literal["green", "red", "not judged"]
 METRIC_TOLERANCE = 1e-5  # relative: another number of ranks adds in another order
 Sums = dict[str, int]  # of each tensor, over all its boxes
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What one oracle says. `evidence`: what it counted, or what is wrong."""
-
-    oracle: str
-    verdict: Verdict
-    evidence: str
-
-
 def judge(evidence: Evidence) -> list[Judgement]:
     """All oracles that have to do with the scenario, in the order of the report."""
-    live = any(fault["kind"].startswith("live-") for fault in evidence.scenario["faults"])
+    live = any(fault.live for fault in evidence.faults)
     storage = any(fault.storage for fault in evidence.faults)
     left_out = set[Callable[[Evidence], Judgement]]()
     left_out |= set() if live else {damage_of_the_live_state_was_noticed}
     left_out |= set() if storage else {saves_go_on_after_faults_of_the_store}
     return [oracle(evidence) for oracle in ORACLES if oracle not in left_out]
-
-
-def passed(judgements: Iterable[Judgement]) -> bool:
-    """Whether no oracle is red, and some are green."""
-    verdicts = {one.verdict for one in judgements}
-    return "red" not in verdicts and "green" in verdicts
 
 
 def the_faults_happened(evidence: Evidence) -> Judgement:
@@ -166,7 +148,7 @@ def each_metric_is_a_number(evidence: Evidence) -> Judgement:
 def damage_of_the_live_state_was_noticed(evidence: Evidence) -> Judgement:
     """By a generation that followed, in which nobody else failed; or by a metric that is no number."""
     name, wrong, seen = "damage of the live state was noticed", list[str](), list[str]()
-    live = [fault for fault in evidence.faults if fault.kind.startswith("live-")]
+    live = [fault for fault in evidence.faults if fault.live]
     for fault in live:
         spoilt = [mark for mark in evidence.named("step") if mark.generation == fault.generation and mark.at > fault.at]
         metrics = [value for mark in spoilt for value in (mark.facts.get("metrics") or {}).values()]
@@ -309,8 +291,7 @@ def _alike(one: float, other: object) -> bool:
 def _is_spoilt(evidence: Evidence, mark: Mark) -> bool:
     """Whether it was made by a state that was damaged on purpose, and not yet given up."""
     return evidence.scenario["promise"]["spoilt"] and any(
-        fault.kind.startswith("live-") and mark.generation == fault.generation and mark.at > fault.at
-        for fault in evidence.faults
+        fault.live and mark.generation == fault.generation and mark.at > fault.at for fault in evidence.faults
     )
 
 

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ckpt.events import FAIL, LIMIT_BYTES
-from elastic.chaos.evidence import Mark
+from elastic.evidence import Mark
 
 NODE_VARIABLE = "HOLDFAST_CHAOS_NODE"
 

@@ -8,8 +8,8 @@ from abc import abstractmethod
 from typing import Any
 
 from elastic.chaos.cgroups import GroundError
-from elastic.chaos.evidence import Mark
 from elastic.chaos.fault import Fault
+from elastic.evidence import Mark
 
 NAN = {"float32": struct.pack("<f", float("nan")), "float64": struct.pack("<d", float("nan")), "bfloat16": b"\xc0\x7f",
        "float16": b"\x00\x7e"}  # fmt: skip

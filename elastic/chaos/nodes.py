@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,8 +22,9 @@ from pathlib import Path
 
 from elastic.chaos import node_init, processes
 from elastic.chaos.cgroups import Cgroup, GroundError
-from elastic.chaos.evidence import Life
+from elastic.chaos.held import Held
 from elastic.chaos.listen import NODE_VARIABLE
+from elastic.evidence import Life
 
 CLOCK_VARIABLE = "HOLDFAST_CHAOS_CLOCK"
 NETWORK = "10.231.77"
@@ -272,28 +272,18 @@ class Hub:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        self._holder = subprocess.Popen(
-            ["unshare", "--net", "--fork", "--kill-child=KILL", "cat"],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        self._held = Held("net")
         self._pid = 0
         self._generations: dict[str, int] = {}
 
     def open(self) -> None:
         """Make the bridge. GroundError if the machine does not allow it."""
-        deadline = time.monotonic() + START_LIMIT_S
-        while not (found := processes.children(self._holder.pid)):
-            if self._holder.poll() is not None or time.monotonic() > deadline:
-                raise GroundError("no network namespace can be made here; root is needed")
-        self._pid = found[0]
+        self._pid = self._held.open()
         self._run("ip", "link", "add", "br0", "type", "bridge")
         self._run("ip", "link", "set", "br0", "up")
 
     def close(self) -> None:
-        processes.kill([self._pid] if self._pid else [])
-        assert self._holder.stdin is not None
-        self._holder.stdin.close()
-        self._holder.wait()
+        self._held.close()
 
     def plug(self, name: str, pid: int) -> None:
         """Give the namespace of `pid` an eth0 with the address of the node `name`."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
+
+Verdict = Literal["green", "red", "not judged"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Injection:
     healed_at: float | None = None
     recovered_at: float | None = None
     storage: bool = False  # done to what the run is stored on
+    live: bool = False  # done to the state in the memory of a worker
     met: int | None = None  # how often it was met, where that is counted
 
 
@@ -53,6 +57,15 @@ class Life:
     ended: float | None = None
     code: int | None = None
     taken: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one oracle says. `evidence`: what it counted, or what is wrong."""
+
+    oracle: str
+    verdict: Verdict
+    evidence: str
 
 
 @dataclass
@@ -84,6 +97,12 @@ class Evidence:
         long = ("echo", "memory")
         short = [replace(mark, facts={k: v for k, v in mark.facts.items() if k not in long}) for mark in self.marks]
         return {name: _finite(value) for name, value in asdict(replace(self, marks=short)).items()}
+
+
+def passed(judgements: Iterable[Judgement]) -> bool:
+    """Whether no oracle is red, and some are green."""
+    verdicts = {one.verdict for one in judgements}
+    return "red" not in verdicts and "green" in verdicts
 
 
 def _finite(value: Any) -> Any:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from elastic.chaos.evidence import Evidence, Mark
-from elastic.chaos.judge import Judgement, passed
+from elastic.evidence import Evidence, Judgement, Mark, passed
 from elastic.goodput import KINDS, Instant, Span, spans, split
 
 WIDTH, LEFT, ROW, BAR = 1000, 56, 44, 18

@@ -111,7 +111,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """Where in the file its raw bytes [start, stop) begin and end; packed, on block borders or at the end."""
-        if not self.packed:
+        if self.codec == RAW:
             return self.at + start, self.at + stop
         ends = _ends(self.frames)
         first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
@@ -252,7 +252,7 @@ def check_part(part: Part, manifest: Manifest, rank: int, where: str) -> None:
         spec = specs.get(chunk.key)
         if spec is None or spec.dtype != chunk.dtype or len(spec.shape) != len(chunk.shape):
             raise Corrupt(f"{where}: chunk of {chunk.key} as {chunk.dtype} {chunk.shape}, its MANIFEST says {spec}")
-        if not chunk.box.within(Slice((0,) * len(spec.shape), spec.shape)):
+        if any(o + n > whole for o, n, whole in zip(chunk.offset, chunk.shape, spec.shape, strict=True)):
             raise Corrupt(f"{where}: chunk of {chunk.key} at {chunk.offset} + {chunk.shape} is outside {spec.shape}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from ckpt.errors import Corrupt
 from ckpt.layout import OWNERSHIP, Owned, World, held, owned_by, writers
@@ -296,31 +297,42 @@ def needed_parts(world: World, ownership: str, targets: Iterable[Target]) -> set
 
 def plan_load(targets: Sequence[Target], parts: dict[int, Sequence[Chunk]]) -> LoadPlan:
     """Reads of the fewest blocks that fill every target. `Corrupt` if the chunks do not tile a target exactly."""
-    stored: dict[str, list[tuple[int, Chunk]]] = {}
+    stored: dict[str, list[_Stored]] = {}
     for part, chunks in parts.items():
         for chunk in chunks:
-            stored.setdefault(chunk.key, []).append((part, chunk))
-    wanted: dict[tuple[int, str, tuple[int, ...]], tuple[Chunk, list[Copy]]] = {}
+            stored.setdefault(chunk.key, []).append(_Stored(part, chunk, chunk.box, []))
+    wanted: list[_Stored] = []
     used = 0
     for index, target in enumerate(targets):
         for piece in target.pieces:
             moved = tuple(a - o for a, o in zip(piece.at, piece.box.offset, strict=True))
             meets: list[Slice] = []
-            for part, chunk in stored.get(target.key, ()):
-                if len(chunk.shape) != len(piece.box.shape):
-                    raise Corrupt(f"{target.key}: a stored chunk has shape {chunk.shape}, the tensor another rank")
-                if box := chunk.box.intersect(piece.box):
+            for one in stored.get(target.key, ()):
+                if len(one.box.shape) != len(piece.box.shape):
+                    raise Corrupt(f"{target.key}: a stored chunk has shape {one.box.shape}, the tensor another rank")
+                if box := one.box.intersect(piece.box):
                     meets.append(box)
-                    used += box.numel * ITEMSIZE[chunk.dtype]
-                    copies = wanted.setdefault((part, chunk.key, chunk.offset), (chunk, []))[1]
-                    copies.append(Copy(index, box, moved, target.compare))
-            if fault := cover_fault(piece.box, meets):
+                    used += box.numel * ITEMSIZE[one.chunk.dtype]
+                    if not one.copies:
+                        wanted.append(one)
+                    one.copies.append(Copy(index, box, moved, target.compare))
+            if meets != [piece.box] and (fault := cover_fault(piece.box, meets)):
                 raise Corrupt(f"{target.key}: the stored chunks do not cover it: {fault}")
     segments: dict[tuple[int, str], list[Segment]] = {}
-    for (part, _, _), (chunk, copies) in wanted.items():
-        segments.setdefault((part, chunk.file), []).extend(_segments(chunk, copies, targets))
+    for one in wanted:
+        segments.setdefault((one.part, one.chunk.file), []).extend(_segments(one.chunk, one.copies, targets))
     fetches = [fetch for (part, file), found in segments.items() for fetch in _coalesce(part, file, found)]
     return LoadPlan(tuple(fetches), used)
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A chunk, the box that it holds, and what is wanted of it."""
+
+    part: int
+    chunk: Chunk
+    box: Slice
+    copies: list[Copy]
 
 
 def _segments(chunk: Chunk, copies: Sequence[Copy], targets: Sequence[Target]) -> Iterable[Segment]:
@@ -333,6 +345,9 @@ def _segments(chunk: Chunk, copies: Sequence[Copy], targets: Sequence[Target]) -
         if (first, last) == (0, nbytes):
             return
         needed = _blocks(chunk, copies[0].box) - set(range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES)))
+    elif nbytes <= BLOCK_BYTES:
+        yield Segment(chunk, 0, nbytes, tuple(copies))
+        return
     else:
         needed = set().union(*(_blocks(chunk, copy.box) for copy in copies))
     for first_block, stop_block in _consecutive(sorted(needed)):
@@ -343,19 +358,22 @@ def _segments(chunk: Chunk, copies: Sequence[Copy], targets: Sequence[Target]) -
 
 def _in_place(chunk: Chunk, copy: Copy, target: Target) -> tuple[int, int, int] | None:
     """Whole blocks [first, last) in bytes of the chunk, and where they start in the target's memory; or None."""
-    local = copy.box.moved_by(copy.moved)
-    inner = copy.box.relative_to(chunk.offset)
-    if not target.direct or target.compare or not is_flat(chunk.shape, inner) or not is_flat(target.shape, local):
+    if not target.direct or target.compare or chunk.packed:
         return None
-    if chunk.packed:
+    nbytes = chunk.raw_bytes
+    if copy.box.shape == chunk.shape == target.shape:
+        return 0, nbytes, 0
+    start, stop = flat_span(chunk.shape, copy.box.relative_to(chunk.offset))
+    into, into_stop = flat_span(target.shape, copy.box.moved_by(copy.moved))
+    if stop - start != copy.box.numel or into_stop - into != stop - start:  # not in one piece, there or here
         return None
-    itemsize, nbytes = ITEMSIZE[chunk.dtype], chunk.raw_bytes
-    start, stop = (edge * itemsize for edge in flat_span(chunk.shape, inner))
+    itemsize = ITEMSIZE[chunk.dtype]
+    start, stop, into = start * itemsize, stop * itemsize, into * itemsize
     first = _round_up(start, BLOCK_BYTES)
     last = stop if stop == nbytes else stop // BLOCK_BYTES * BLOCK_BYTES
     if first >= last:
         return None
-    return first, last, flat_span(target.shape, local)[0] * itemsize + first - start
+    return first, last, into + first - start
 
 
 def _blocks(chunk: Chunk, box: Slice) -> set[int]:
@@ -398,32 +416,18 @@ def _meets(chunk: Chunk, box: Slice, start: int, stop: int) -> bool:
 def _coalesce(part: int, file: str, segments: Iterable[Segment]) -> Iterable[Fetch]:
     """Reads in file order; buffered segments that lie side by side share one read of at most RUN_BYTES."""
     batch: list[Segment] = []
-    for segment in sorted(segments, key=_file_start):
+    first = last = 0  # of the bytes of the batch
+    for (start, stop), segment in sorted(((segment.span, segment) for segment in segments), key=itemgetter(0)):
         if segment.in_place is not None:
-            yield _fetch(part, file, [segment])
-        elif batch and (
-            _file_start(segment) > _file_stop(batch[-1]) + ALIGN_BYTES
-            or _file_stop(segment) - _file_start(batch[0]) > RUN_BYTES
-        ):
-            yield _fetch(part, file, batch)
-            batch = [segment]
-        else:
-            batch.append(segment)
+            yield Fetch(part, file, start, stop - start, (segment,))
+            continue
+        if batch and (start > last + ALIGN_BYTES or stop - first > RUN_BYTES):
+            yield Fetch(part, file, first, last - first, tuple(batch))
+            batch = []
+        first, last = first if batch else start, stop
+        batch.append(segment)
     if batch:
-        yield _fetch(part, file, batch)
-
-
-def _file_start(segment: Segment) -> int:
-    return segment.span[0]
-
-
-def _file_stop(segment: Segment) -> int:
-    return segment.span[1]
-
-
-def _fetch(part: int, file: str, segments: Sequence[Segment]) -> Fetch:
-    start = _file_start(segments[0])
-    return Fetch(part, file, start, _file_stop(segments[-1]) - start, tuple(segments))
+        yield Fetch(part, file, first, last - first, tuple(batch))
 
 
 def copy_boxes(segment: Segment, copy: Copy) -> Iterable[tuple[int, Slice, Slice, Slice]]:

@@ -131,6 +131,13 @@ class OnMesh:
 
     mesh: Mesh
     placements: tuple[Placement, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.mesh, self.placements)))
+
+    def __hash__(self) -> int:  # computed once: what a mesh cuts is looked up for every tensor
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +175,12 @@ def pieces_of(sharding: Sharding, shape: tuple[int, ...], rank: int) -> tuple[Pi
         case Declared(box):
             return (Piece(box, (0,) * len(shape)),) if box.numel else ()
         case OnMesh(mesh, placements):
-            return _mesh_pieces(placements, mesh.shape, shape, _split_coordinate(placements, mesh.coordinate(rank)))
+            return _mesh_pieces(placements, mesh.shape, shape, _split_coordinate(sharding, rank))
 
 
 def replica_ranks(sharding: OnMesh, rank: int) -> tuple[int, ...]:
     """The ranks of the mesh that hold the same elements as `rank`, itself included, ascending."""
-    return _replicas_at(sharding, _split_coordinate(sharding.placements, sharding.mesh.coordinate(rank)))
+    return _replicas_at(sharding, _split_coordinate(sharding, rank))
 
 
 def holders(sharding: OnMesh, shape: tuple[int, ...], box: Slice) -> Iterator[Held]:
@@ -267,8 +274,11 @@ def _dim_runs(splits: tuple[tuple[Split, int, int], ...], length: int) -> Runs:
     return runs
 
 
-def _split_coordinate(placements: tuple[Placement, ...], coordinate: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(c if isinstance(p, Split) else 0 for p, c in zip(placements, coordinate, strict=True))
+@lru_cache(maxsize=1 << 16)
+def _split_coordinate(sharding: OnMesh, rank: int) -> tuple[int, ...]:
+    """Where `rank` stands in the grid, 0 in the dimensions that do not split: equal for all that hold the same."""
+    coordinate = sharding.mesh.coordinate(rank)
+    return tuple(c if isinstance(p, Split) else 0 for p, c in zip(sharding.placements, coordinate, strict=True))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -67,7 +67,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def open_run(url: str) -> tuple[RunDirectory, View]:
-    run = RunDirectory.open(url)
+    try:
+        run = RunDirectory.open(url)
+    except NotFound as error:
+        base, _, step = url.rpartition("@")
+        if not (base and step.isdecimal()):
+            raise
+        raise NotFound(
+            f"{error} To name step {step} of the run {base}, give --step {step} where there is it."
+        ) from None
     try:
         return run, run.log.read()
     except Corrupt as error:

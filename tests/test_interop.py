@@ -29,6 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import ckpt
 from ckpt.check import check_step
 from ckpt.cli import cli
+from ckpt.errors import Corrupt
 from ckpt.holder import Holder, find_commit
 from ckpt.interop.moving import Format, Moved, export_step, import_step
 from ckpt.restorer import StepReader
@@ -526,6 +527,25 @@ def test_weights_in_both_formats_are_weights_and_not_a_training(tmp_path: Path) 
     torch.save(torch.optim.SGD([nn.Parameter(torch.zeros(3))]).state_dict(), tmp_path / "optimizer.bin")
     load_in(tmp_path, tmp_path / "training")
     assert ckpt.load(tmp_path / "training")["model/w"].tolist() == [0, 1, 2]
+
+
+def test_weights_in_several_pickled_files_come_in(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    torch.manual_seed(1)
+    net = nn.Sequential(*(nn.Linear(40, 40) for _ in range(11)))
+    Accelerator(cpu=True).save_model(net, str(tmp_path), max_shard_size="20KB", safe_serialization=False)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 2
+    load_in(tmp_path, tmp_path / "run")
+    loaded = ckpt.load(tmp_path / "run")
+    assert all(torch.equal(loaded[f"model/{key}"], value) for key, value in net.state_dict().items())
+    index.write_text(json.dumps({"weight_map": {"w": "../elsewhere.bin"}}))
+    with pytest.raises(Corrupt, match="not the name of a shard"):
+        load_in(tmp_path, tmp_path / "refused")
+    index.write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    with pytest.raises(Corrupt, match="not the name of a shard"):
+        load_in(tmp_path, tmp_path / "refused")
 
 
 def a_step(net: nn.Module, *objects: Any, inputs: torch.Tensor) -> None:

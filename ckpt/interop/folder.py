@@ -14,13 +14,14 @@ from typing import Any, Final
 
 from ckpt.errors import Corrupt
 from ckpt.interop.files import Files
-from ckpt.interop.hf import INDEX_NAME, SINGLE_NAME, read_hf, read_safetensors
+from ckpt.interop.hf import INDEX_NAME, SINGLE_NAME, read_hf, read_safetensors, read_shards
 
 _WEIGHTS: Final = re.compile(r"(?:pytorch_)?(model(?:_\d+)?)\.(safetensors|bin)")
 _OBJECT: Final = re.compile(r"((?:optimizer|scheduler|scaler)(?:_\d+)?)\.(?:bin|pt)")
 _LEFT: Final = re.compile(
     r"random_states_\d+\.pkl|rng_state(_\d+)?\.pth|(dl_state_dict|sampler|custom_checkpoint|training_args)[\w.]*"
 )
+_PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 _COUNTS: Final = "trainer_state.json"
 _COUNTS_LIMIT_BYTES: Final = 64 << 20
 
@@ -32,7 +33,8 @@ def is_training(directory: Path) -> bool:
     """
     names = [path.name for path in directory.iterdir()]
     weights = {found[2] for name in names if (found := _WEIGHTS.fullmatch(name))}
-    return any(map(_OBJECT.fullmatch, names)) or (weights == {"bin"} and INDEX_NAME not in names)
+    weights |= {kind for index, kind in ((INDEX_NAME, "safetensors"), (_PICKLED_INDEX, "bin")) if index in names}
+    return any(map(_OBJECT.fullmatch, names)) or weights == {"bin"}
 
 
 def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) -> tuple[dict[str, Any], list[str], bool]:
@@ -56,6 +58,8 @@ def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) ->
             left.append(path.name)
     if (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).exists():
         tree["model"], ordered = read_hf(directory, files), False
+    if (directory / _PICKLED_INDEX).is_file() and "model" not in tree:
+        tree["model"] = read_shards(directory / _PICKLED_INDEX, read)
     if (directory / _COUNTS).is_file():
         tree[_COUNTS.removesuffix(".json")] = _counts(directory / _COUNTS)
     return tree, [f"left out, for it is each rank's own or a program's: {', '.join(left)}"] if left else [], ordered

@@ -32,7 +32,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 BAND_BYTES: Final = 16 << 20
 _DTYPES: Final = {name: dtype for dtype, name in SAFETENSORS_DTYPE.items()}
-_SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(?:safetensors|bin)")
 
 Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Read = Callable[[Leaf, Slice], torch.Tensor]
@@ -96,6 +96,12 @@ def read_hf(directory: Path, files: Files) -> dict[str, Leaf]:
     index_path = directory / INDEX_NAME
     if not index_path.is_file():
         return read_safetensors(directory / SINGLE_NAME, files)
+    return read_shards(index_path, lambda path: read_safetensors(path, files))
+
+
+def read_shards(index_path: Path, read: Callable[[Path], Any]) -> dict[str, Leaf]:
+    """The tensors of all files that an index names, in the order of their names; `read` gives those of one."""
+    directory = index_path.parent
     try:
         if index_path.stat().st_size > HEADER_LIMIT_BYTES:
             raise Corrupt(f"{index_path}: over {HEADER_LIMIT_BYTES} bytes, which is the most that is read")
@@ -104,11 +110,13 @@ def read_hf(directory: Path, files: Files) -> dict[str, Leaf]:
         raise Corrupt(f"{index_path}: cannot be read: {error}") from error
     found: dict[str, Leaf] = {}
     for name in sorted(set(index.weight_map.values())):
-        if not _SHARD_NAME.fullmatch(name):
+        if not _SHARD_NAME.fullmatch(name) or Path(name).suffix != Path(index_path.name.partition(".index")[0]).suffix:
             raise Corrupt(f"{index_path}: names {name[:100]!r}, which is not the name of a shard beside it")
         if not (directory / name).exists():
             raise NotFound(f"{directory / name}: this shard, which the index names, is missing. Download it again")
-        found |= read_safetensors(directory / name, files)
+        if not isinstance(shard := read(directory / name), dict):
+            raise Corrupt(f"{directory / name}: holds no dict of tensors, as a shard does")
+        found |= shard
     if lacking := set(index.weight_map) - set(found):
         raise Corrupt(f"{index_path}: names {sorted(lacking)[:5]}, which no shard holds")
     return found

@@ -96,18 +96,28 @@ def needs(scenario: Scenario) -> frozenset[str]:
 
 
 def _print_listing(found: Json) -> None:
-    table = columns("fault", "stands for", "of all causes", "promise", "here", right="")
+    promises = list(dict.fromkeys(one["promise"] for one in found["faults"]))
+    table = columns("fault", "share", "stands for", "promise", "", right="share promise")
     for one in found["faults"]:
         share = "" if one["share_percent"] is None else f"{one['share_percent']:g} %"
-        lacks = f"needs {', '.join(one['lacks'])}" if one["lacks"] else "yes"
-        table.add_row(one["kind"], one["stands_for"], share, one["promise"], lacks)
+        number = str(promises.index(one["promise"]) + 1)
+        table.add_row(one["kind"], share, one["stands_for"], number, _lacks(one))
+    say(table)
+    say("\nshare: of the causes that Meta published (arXiv 2407.21783, table 5). What is promised:")
+    table = columns("", "", right="")
+    table.show_header = False
+    for place, promise in enumerate(promises, 1):
+        table.add_row(str(place), promise)
     say(table)
     say("")
-    table = columns("scenario", "nodes", "", "here", right="nodes")
+    table = columns("scenario", "nodes", "", "", right="nodes")
     for one in found["scenarios"]:
-        lacks = f"needs {', '.join(one['lacks'])}" if one["lacks"] else "yes"
-        table.add_row(one["name"], str(one["nodes"]), one["title"], lacks)
+        table.add_row(one["name"], str(one["nodes"]), one["title"], _lacks(one))
     say(table)
+
+
+def _lacks(found: Json) -> str:
+    return f"needs {', '.join(found['lacks'])}" if found["lacks"] else ""
 
 
 def show_listing(as_json: bool) -> None:

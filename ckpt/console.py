@@ -74,7 +74,7 @@ def open_run(url: str) -> tuple[RunDirectory, View]:
         if not (base and step.isdecimal()):
             raise
         raise NotFound(
-            f"{error} To name step {step} of the run {base}, give --step {step} where there is it."
+            f"{error} For step {step} of a run: `ckpt show {base} --step {step}`."
         ) from None
     try:
         return run, run.log.read()

@@ -601,6 +601,30 @@ def test_losses_are_those_of_the_undisturbed_run(chaos: Chaos) -> None:
     assert "40 steps compared" in report["oracles"][7]["evidence"]
 
 
+ON_VERSION_2 = """
+umount /sys/fs/cgroup/freezer
+"$0" -c 'from elastic.chaos.cgroups import root_of; assert root_of("freezer")[1] == 2' && exec "$0" -m pytest -q "$@"
+"""
+
+
+@boxed
+@pytest.mark.skipif(" - cgroup2 " not in Path("/proc/self/mountinfo").read_text(), reason="needs cgroup version 2")
+@pytest.mark.parametrize(
+    "test",
+    [
+        "test_a_host_stands_still_and_goes_on[namespaces]",
+        pytest.param("test_every_shipped_scenario_is_survived[freeze-thaw]", marks=pytest.mark.prove),
+    ],
+)
+def test_control_groups_of_version_2_do_the_same(test: str) -> None:
+    """Where a machine has both, the same test in a mount namespace without the freezer of version 1."""
+    command = [sys.executable, f"{__file__}::{test}", "-p", "no:cacheprovider", "-m", "prove or not prove"]
+    inside = ["unshare", "--mount", "sh", "-c", ON_VERSION_2, *command]
+    done = subprocess.run(inside, cwd=TESTS.parent, capture_output=True, text=True, timeout=1700, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "1 passed" in done.stdout
+
+
 SEEDS = int(os.environ.get("HOLDFAST_CHAOS_SEEDS", "100"))
 
 

@@ -51,9 +51,10 @@ class Contender:
 
 
 class Holdfast(Contender):
-    """This library. A Checkpointer is made before the save, but each save is the first of its run:
+    """This library. A Checkpointer is made before the save; in the first save of its run
 
-    the `start` record and the exchange of shardings are inside the timed region. Digests are on: they always are.
+    the start of the keeper, the `start` record, the exchange of shardings and fresh memory are inside the timed region.
+    Digests are on: they always are.
     """
 
     def __init__(self) -> None:
@@ -66,10 +67,11 @@ class Holdfast(Contender):
         self._checkpointer: Any = None
 
     def prepare_save(self, path: Path, state: TrainingState) -> None:
-        self._checkpointer = self._ckpt.Checkpointer(str(path))
+        self._checkpointer, self._step = self._ckpt.Checkpointer(str(path)), 0
 
     def save(self, path: Path, state: TrainingState) -> None:
-        self._checkpointer.save(1, {"model": state.model, "optim": state.optim}, blocking=True).wait()
+        self._step += 1
+        self._checkpointer.save(self._step, {"model": state.model, "optim": state.optim}, blocking=True).wait()
 
     def finish_save(self) -> None:
         self._checkpointer.close()

@@ -42,7 +42,7 @@ BALANCED = ("holdfast", "dcp")
 # The data files of one save: the group is the writer.
 WRITERS = {"holdfast": re.compile(r"^(r\d+)\.safetensors$"), "dcp": re.compile(r"^__(\d+)_\d+\.distcp$")}
 BALANCED_RANKS = (2, 3, 4)
-DISK_CHECKPOINTS = 4  # at most this many lie on the disk at one time
+DISK_CHECKPOINTS = 6  # at most this many lie on the disk at one time
 
 
 class Bench:
@@ -98,6 +98,7 @@ class Bench:
             self._save(number, "save", 2, name)
             self._load(number, "load 2->2", 2, name)
             self._load(number, "load cold", 2, name, cold=True)
+            self._save_later(number, name)
             if name not in resharding:
                 self._delete(name)
             if name == "limit":
@@ -144,6 +145,12 @@ class Bench:
             number, operation, name, replies, files_bytes=sum(f.stat().st_size for f in files(self._path(name)))
         )
 
+    def _save_later(self, number: int, name: str) -> None:
+        path = self.folder / f"{name}-later"
+        replies = self._worlds[2].call("save", contender=name, path=str(path), later=True)
+        shutil.rmtree(path)
+        self._record(number, "save later", name, replies)
+
     def _load(self, number: int, operation: str, size: int, name: str, cold: bool = False) -> None:
         replies = self._worlds[size].call("load", contender=name, path=str(self._path(name)), cold=cold)
         self._record(number, operation, name, replies)
@@ -187,7 +194,7 @@ def largest_over_mean(path: Path, pattern: re.Pattern[str], ranks: int) -> float
 def operations_count(contenders: list[str], rounds: int, balance: bool) -> int:
     """How many steps the progress bar has."""
     resharding = sum(name in RESHARDING for name in contenders)
-    per_round = 3 * len(contenders) + ("limit" in contenders) + 3 * resharding
+    per_round = 4 * len(contenders) + ("limit" in contenders) + 3 * resharding
     return rounds * per_round + (2 * len(BALANCED_RANKS) if balance else 0)
 
 

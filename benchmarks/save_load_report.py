@@ -47,7 +47,8 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation("save", "save, 2 ranks, durable", "save"),
+    Operation("save", "first save of a run, 2 ranks, durable", "save"),
+    Operation("save later", "later save, 2 ranks, durable", "save later"),
     Operation("load 2->2", "load 2 → 2, warm", "load 2->2"),
     Operation("load cold", "load 2 → 2, cold", "load cold"),
     Operation("load 2->1", "load 2 → 1, warm", "load 2->2"),
@@ -63,6 +64,9 @@ GOALS: tuple[tuple[str, tuple[str, ...], str, float], ...] = (
     ("save", ("limit",), "save", 1.15),
     ("save", SHARDED, "save", 0.75),
     ("save", PEERS, "save", 0.75),
+    ("save later", ("limit",), "save later", 1.15),
+    ("save later", SHARDED, "save later", 0.75),
+    ("save later", PEERS, "save later", 0.75),
     ("load 2->2", ("limit",), "load 2->2", 1.5),
     ("load 2->2", ("dcp",), "load 2->2", 0.35),
     ("load cold", ("limit",), "load cold", 1.15),

@@ -55,15 +55,28 @@ class Worker:
             self._state = state
         return {}
 
-    def save(self, contender: str, path: str) -> Reply:
-        """Save to `path`; nothing that was written before is still on its way to the disk."""
+    def save(self, contender: str, path: str, later: bool = False) -> Reply:
+        """Save to `path`; nothing that was written before is still on its way to the disk.
+
+        `later`: below `path`, after another save there, of which every element has changed since.
+        """
         chosen = self._contenders[contender]
         target = Path(path)
         chosen.prepare_save(target, self._state)
+        if later:
+            target.mkdir(exist_ok=True)
+            dist.barrier()
+            chosen.save(target / "first", self._state)
+            with torch.no_grad():
+                for tensor in self._state.tensors():
+                    tensor.local.add_(1)
+            target /= "second"
         if self._state.rank == 0:
             os.sync()
         reply = _measure(lambda: chosen.save(target, self._state))
         chosen.finish_save()
+        if later:
+            gpt2.fill(self._state)
         return reply
 
     def load(self, contender: str, path: str, cold: bool = False) -> Reply:

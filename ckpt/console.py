@@ -73,9 +73,7 @@ def open_run(url: str) -> tuple[RunDirectory, View]:
         base, _, step = url.rpartition("@")
         if not (base and step.isdecimal()):
             raise
-        raise NotFound(
-            f"{error} For step {step} of a run: `ckpt show {base} --step {step}`."
-        ) from None
+        raise NotFound(f"{error} For step {step} of a run: `ckpt show {base} --step {step}`.") from None
     try:
         return run, run.log.read()
     except Corrupt as error:

@@ -540,6 +540,16 @@ def test_weights_in_several_pickled_files_come_in(tmp_path: Path) -> None:
     load_in(tmp_path, tmp_path / "run")
     loaded = ckpt.load(tmp_path / "run")
     assert all(torch.equal(loaded[f"model/{key}"], value) for key, value in net.state_dict().items())
+
+    optim = torch.optim.AdamW(net.parameters())
+    a_step(net, optim, inputs=torch.randn(3, 40))
+    torch.save(optim.state_dict(), tmp_path / "optimizer.pt")  # by position in the model, which shards do not keep
+    assert any("stored by number" in note for note in load_in(tmp_path, tmp_path / "training").notes)
+
+    torch.save({"0.weight": 5}, tmp_path / "pytorch_model-00001-of-00099.bin")
+    index.write_text(json.dumps({"weight_map": {"0.weight": "pytorch_model-00001-of-00099.bin"}}))
+    with pytest.raises(Corrupt, match="no dict of tensors"):
+        load_in(tmp_path, tmp_path / "refused")
     index.write_text(json.dumps({"weight_map": {"w": "../elsewhere.bin"}}))
     with pytest.raises(Corrupt, match="not the name of a shard"):
         load_in(tmp_path, tmp_path / "refused")

@@ -40,8 +40,8 @@ def is_training(directory: Path) -> bool:
 def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) -> tuple[dict[str, Any], list[str], bool]:
     """The tree in a folder, what was left out, and whether its models list their parameters in their own order.
 
-    safetensors files do not, and count where weights are there in both formats. `read` gives the tree in a file of
-    torch.save. Raises as the readers of the files do.
+    Neither safetensors files nor several shards do; safetensors files count where weights are there in both formats.
+    `read` gives the tree in a file of torch.save. Raises as the readers of the files do.
     """
     tree: dict[str, Any] = {}
     left: list[str] = []
@@ -59,7 +59,7 @@ def read_training(directory: Path, files: Files, read: Callable[[Path], Any]) ->
     if (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).exists():
         tree["model"], ordered = read_hf(directory, files), False
     if (directory / _PICKLED_INDEX).is_file() and "model" not in tree:
-        tree["model"] = read_shards(directory / _PICKLED_INDEX, read)
+        tree["model"], ordered = read_shards(directory / _PICKLED_INDEX, read), False
     if (directory / _COUNTS).is_file():
         tree[_COUNTS.removesuffix(".json")] = _counts(directory / _COUNTS)
     return tree, [f"left out, for it is each rank's own or a program's: {', '.join(left)}"] if left else [], ordered

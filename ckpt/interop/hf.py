@@ -114,9 +114,10 @@ def read_shards(index_path: Path, read: Callable[[Path], Any]) -> dict[str, Leaf
             raise Corrupt(f"{index_path}: names {name[:100]!r}, which is not the name of a shard beside it")
         if not (directory / name).exists():
             raise NotFound(f"{directory / name}: this shard, which the index names, is missing. Download it again")
-        if not isinstance(shard := read(directory / name), dict):
+        shard = read(directory / name)
+        if not isinstance(shard, dict) or not all(isinstance(leaf, Leaf) for leaf in shard.values()):
             raise Corrupt(f"{directory / name}: holds no dict of tensors, as a shard does")
-        found |= shard
+        found |= {key: leaf for key, leaf in shard.items() if index.weight_map.get(key, name) == name}
     if lacking := set(index.weight_map) - set(found):
         raise Corrupt(f"{index_path}: names {sorted(lacking)[:5]}, which no shard holds")
     return found

@@ -289,16 +289,17 @@ class Checkpointer:
         if restored is None:  # what cannot be saved is said now, not at the first save
             together(self._ranks, lambda: collect_state(state, self._ranks.rank, self._ranks.size))
         self._stop_asked = self.stopped = False
-        watched = self._place.watched() if self._place is not None else contextlib.nullcontext()
-        with OnSigterm(self._ask_to_stop), watched, StepBar(first, total, self._ranks.rank) as advance:
-            pending = None
+        place = self._place.watched() if self._place is not None else contextlib.nullcontext()
+        with OnSigterm(self._ask_to_stop), place, StepBar(first, total, self._ranks.rank) as advance:
+            pending, told = None, watched()
             self._at(first)
             for step in range(first, total):
                 began, saving = time.monotonic(), self._saver.saving
                 yield step
                 done = step + 1
                 self._measure(time.monotonic() - began, saving)
-                point("step", step=done, rank=self._ranks.rank, world=self._ranks.size, metrics=self._metrics)
+                if told:
+                    point("step", step=done, rank=self._ranks.rank, world=self._ranks.size, metrics=self._metrics)
                 heard = pending() if pending else None
                 advance(done)
                 self._at(done)

@@ -100,10 +100,10 @@ def import_file(
     """Make a step of a run out of a checkpoint of another library.
 
     FROM is a file of safetensors or torch.save, a directory of DCP or in the layout of Hugging Face, or a folder of
-    Accelerate's save_state or of the Trainer (training); the run at URL is begun where there is none. Optimizers are
-    stored by parameter, so that `checkpointer.restore({"model": model, "optim": optim})` finds them; where it cannot be
-    said which parameter is which they are stored by number, for a restore without the model, and that is said. Pickles
-    are never run without --trust-pickle. Exits 11 if a job holds the run.
+    Accelerate's save_state, of the Trainer, or of weights in several pickled files (training). The run at URL is begun
+    where there is none. Optimizers are stored by parameter, so that `checkpointer.restore({"model": model, "optim":
+    optim})` finds them; where it cannot be said which parameter is which they are stored by number, for a restore
+    without the model, and that is said. Pickles are never run without --trust-pickle. Exits 11 if a job holds the run.
 
     \b
     Examples:
